@@ -85,32 +85,36 @@ inline void tile_scores(const uint8_t* tile, int row, const typename KeyMath<kBi
   typename Math::Acc acc[kRows][4];
   for (auto& quads : acc)
     for (auto& x : quads) x = Math::zero();
-  const auto step = [&](const I* quads) {
-    accumulate<Math, 0, kFields<kBits>, kRows>(quads, query, row_stride, acc);
-    query += 4 * kFields<kBits>;
+  const auto step = [&](const I* quads, int column) {
+    accumulate<Math, 0, kFields<kBits>, kRows>(quads, query + 4 * kFields<kBits> * column, row_stride, acc);
   };
   for (int plane = 0; plane < row; plane += 64, tile += 64 * kTile) {
     const int width = row - plane < 64 ? row - plane : 64;
     if (width == 64) {
-      I columns[4][4];
-      for (int a = 0; a < 4; a++) load_rows64(tile + 256 * a, columns[a]);
-      for (int c = 0; c < 4; c++) {
-        const I quads[4] = {columns[0][c], columns[1][c], columns[2][c], columns[3][c]};
-        step(quads);
+      // Two columns at a time: four would need more registers than there are.
+      for (int odd = 0; odd < 2; odd++) {
+        I columns[4][2];
+        for (int a = 0; a < 4; a++) load_rows64(tile + 256 * a, odd, columns[a]);
+        for (int c = 0; c < 2; c++) {
+          const I quads[4] = {columns[0][c], columns[1][c], columns[2][c], columns[3][c]};
+          step(quads, odd + 2 * c);
+        }
       }
+      query += 16 * kFields<kBits>;
     } else if (width == 32) {
       I columns[4][2];
       for (int a = 0; a < 4; a++) load_rows32(tile + 128 * a, columns[a]);
       for (int c = 0; c < 2; c++) {
         const I quads[4] = {columns[0][c], columns[1][c], columns[2][c], columns[3][c]};
-        step(quads);
+        step(quads, c);
       }
+      query += 8 * kFields<kBits>;
     } else {
-      for (int c = 0; c < width; c += 16) {
+      for (int c = 0; c < width; c += 16, query += 4 * kFields<kBits>) {
         const int n = width - c < 16 ? width - c : 16;
         I quads[4];
         for (int a = 0; a < 4; a++) quads[a] = load_rows(tile + 4 * a * width + c, width, n);
-        step(quads);
+        step(quads, 0);
       }
     }
   }

@@ -104,12 +104,8 @@ inline void load_rows32(const uint8_t* p, I* column) {
   column[0] = {_mm256_permute2x128_si256(r.a, r.b, 0x20), _mm256_permute2x128_si256(s.a, s.b, 0x20)};
   column[1] = {_mm256_permute2x128_si256(r.a, r.b, 0x31), _mm256_permute2x128_si256(s.a, s.b, 0x31)};
 }
-inline void load_rows64(const uint8_t* p, I* column) {
-  const I q = iload(p), r = iload(p + 64), s = iload(p + 128), t = iload(p + 192);
-  column[0] = {_mm256_permute2x128_si256(q.a, r.a, 0x20), _mm256_permute2x128_si256(s.a, t.a, 0x20)};
-  column[1] = {_mm256_permute2x128_si256(q.a, r.a, 0x31), _mm256_permute2x128_si256(s.a, t.a, 0x31)};
-  column[2] = {_mm256_permute2x128_si256(q.b, r.b, 0x20), _mm256_permute2x128_si256(s.b, t.b, 0x20)};
-  column[3] = {_mm256_permute2x128_si256(q.b, r.b, 0x31), _mm256_permute2x128_si256(s.b, t.b, 0x31)};
+inline void load_rows64(const uint8_t* p, int odd, I* column) {
+  for (int c = 0; c < 2; c++) column[c] = load_rows(p + 16 * odd + 32 * c, 64, 16);
 }
 
 // One half of reduce_quads: sums of tokens (i, i+1) of the quads a..d, quad-major after the final permute.

@@ -65,14 +65,13 @@ inline void load_rows32(const uint8_t* p, I* column) {
   column[0] = _mm512_shuffle_i64x2(a, b, 0x88);
   column[1] = _mm512_shuffle_i64x2(a, b, 0xdd);
 }
-inline void load_rows64(const uint8_t* p, I* column) {
+// Four contiguous rows of 64 bytes: columns `odd` and `odd + 2`.
+inline void load_rows64(const uint8_t* p, int odd, I* column) {
   const I a = iload(p), b = iload(p + 64), c = iload(p + 128), d = iload(p + 192);
-  const I even_ab = _mm512_shuffle_i64x2(a, b, 0x88), odd_ab = _mm512_shuffle_i64x2(a, b, 0xdd);
-  const I even_cd = _mm512_shuffle_i64x2(c, d, 0x88), odd_cd = _mm512_shuffle_i64x2(c, d, 0xdd);
-  column[0] = _mm512_shuffle_i64x2(even_ab, even_cd, 0x88);
-  column[1] = _mm512_shuffle_i64x2(odd_ab, odd_cd, 0x88);
-  column[2] = _mm512_shuffle_i64x2(even_ab, even_cd, 0xdd);
-  column[3] = _mm512_shuffle_i64x2(odd_ab, odd_cd, 0xdd);
+  const I ab = odd ? _mm512_shuffle_i64x2(a, b, 0xdd) : _mm512_shuffle_i64x2(a, b, 0x88);
+  const I cd = odd ? _mm512_shuffle_i64x2(c, d, 0xdd) : _mm512_shuffle_i64x2(c, d, 0x88);
+  column[0] = _mm512_shuffle_i64x2(ab, cd, 0x88);
+  column[1] = _mm512_shuffle_i64x2(ab, cd, 0xdd);
 }
 
 // Quad a holds 4 partial sums (one 128-bit lane) of each of the tokens 4a..4a+3; the result holds token sums in order.

@@ -90,8 +90,8 @@ inline I load_rows(const uint8_t* p, int64_t stride, int n) {
 inline void load_rows32(const uint8_t* p, I* column) {
   for (int c = 0; c < 2; c++) column[c] = load_rows(p + 16 * c, 32, 16);
 }
-inline void load_rows64(const uint8_t* p, I* column) {
-  for (int c = 0; c < 4; c++) column[c] = load_rows(p + 16 * c, 64, 16);
+inline void load_rows64(const uint8_t* p, int odd, I* column) {
+  for (int c = 0; c < 2; c++) column[c] = load_rows(p + 16 * odd + 32 * c, 64, 16);
 }
 
 template <class V>

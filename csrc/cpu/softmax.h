@@ -9,7 +9,7 @@ constexpr float kWeightMax = 32767.f;
 
 // What all rows of a chunk share.
 struct Chunk {
-  const uint8_t* tiles[kChunkTiles];
+  const uint8_t *tiles[kChunkTiles], *next_tiles[kChunkTiles];
   int num_tiles;
   int64_t first_token;
   const uint8_t* sinks;  // sink area if this chunk starts the sequence, else null
@@ -55,7 +55,7 @@ inline void softmax_row(const Chunk& chunk, const ValueMap& map, const RowMask& 
   F sum = fzero(), zeros = fzero(), largest = fzero();
   for (int t = 0; t < chunk.num_tiles; t++) {
     F p = exp2(sub(fload(scores + 16 * t), fset(base)));
-    const Mask visible = lanes(mask.from - 16 * t, mask.to - 16 * t);
+    const Mask visible = mask.partial ? lanes(mask.from - 16 * t, mask.to - 16 * t) : Mask(0xffff);
     if (mask.partial) p = select(visible, p, fzero());
     sum = add(sum, p);
     if (t == 0) fstore(first_tile, p);
