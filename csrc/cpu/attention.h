@@ -11,8 +11,11 @@ constexpr int kMaxHead = 256;
 // Accumulators in lane order: four lanes per channel, or eight where one vector spans both halves.
 constexpr int kMaxLanes = kMaxHead * 8;
 
+// Zeroed when it is allocated; kept by a thread from call to call.
 struct Workspace {
-  const Item* prepared;  // whose queries are arranged below
+  const Item* prepared;  // whose queries are arranged below; the caller clears it before every call
+  int channel_key;       // which value format `channel` describes
+  int16_t channel[kMaxLanes];
   alignas(64) int32_t query[kMaxRows][kMaxHead + 64];  // arranged operands, or floats at 16 bits
   alignas(64) float plain_query[kMaxRows][kMaxHead];   // rotated and scaled, for 16-bit sink keys
   float unit[kMaxRows], zero_unit[kMaxRows];           // score per integer, score per unit of the key zero
@@ -139,6 +142,9 @@ inline void quantise_query(const Job& job, int row, const float* q) {
 
 inline void prepare(const Job& job) {
   Workspace& w = job.w;
+  const int key = job.size * 32 + job.page.value_bits;
+  if (w.channel_key != key) lane_channels(job.page, job.map, w.channel);
+  w.channel_key = key;
   if (w.prepared == &job.item) return;
   w.prepared = &job.item;
   alignas(64) float q[kMaxHead + 64] = {};
@@ -266,11 +272,9 @@ inline void attend_segment(const Job& job, int segment) {
     float* out = w.part[row];
     out[0] = w.state[row].sum;
     out[1] = w.state[row].maximum;
-    fold_lanes(job.page, w.lanes[row], out + 2);
-    for (int d = 0; d < job.size; d++) {
-      out[2 + d] += w.state[row].zero_sum;
-      if (job.page.sink_tokens && job.page.value_bits < 16) out[2 + d] += w.sink_values[row][d];
-    }
+    const bool sinks = job.page.sink_tokens && job.page.value_bits < 16;
+    for (int d = 0; d < job.size; d++) out[2 + d] = w.state[row].zero_sum + (sinks ? w.sink_values[row][d] : 0.f);
+    for (int i = 0; i < job.lane_floats; i++) out[2 + w.channel[i]] += w.lanes[row][i];
   }
 }
 

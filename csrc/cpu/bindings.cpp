@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <string>
 
@@ -103,9 +104,10 @@ void* workspace(size_t bytes) {
   thread_local size_t capacity = 0;
   if (capacity < bytes) {
     memory.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    capacity = memory ? bytes : 0;
+    if (!memory) throw std::bad_alloc();
+    std::memset(memory.get(), 0, bytes);
+    capacity = bytes;
   }
-  if (!memory) throw std::bad_alloc();
   *(const void**)memory.get() = nullptr;  // nothing prepared
   return memory.get();
 }

@@ -91,19 +91,17 @@ void chunk_values(const uint8_t* const* tiles, int num_tiles, int offset, const 
     }
 }
 
-// Lane order -> channel order: adds the lanes that hold different token pairs of the same channel.
-inline void fold_lanes(const Page& page, const float* lanes_out, float* channels) {
-  const int width = page.value_width(), groups = page.value_groups(), planes = page.value_planes();
+// Channel of every accumulator lane, in lane order.
+inline void lane_channels(const Page& page, const ValueMap& map, int16_t* channel) {
+  const int width = page.value_width(), groups = page.value_groups();
   const int fields = page.value_bits == 16 ? 1 : 16 / page.value_bits;
-  const ValueMap map = value_map(page);
-  for (int d = 0; d < page.head_size; d++) channels[d] = 0;
-  for (int plane = 0; plane < planes; plane++)
+  for (int plane = 0; plane < map.planes; plane++)
     for (int v = 0; v < map.vectors; v++)
-      for (int f = 0; f < fields; f++, lanes_out += 16)
+      for (int f = 0; f < fields; f++)
         for (int lane = 0; lane < 16; lane++) {
           const int word_at = (16 * v + lane) % (groups * 4 * width);
           const int group = word_at / (4 * width), column = word_at % width;
-          channels[((group * planes + plane) * width + column) * fields + f] += lanes_out[lane];
+          *channel++ = (int16_t)(((group * map.planes + plane) * width + column) * fields + f);
         }
 }
 

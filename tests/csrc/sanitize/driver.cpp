@@ -53,7 +53,7 @@ static void round(const Tier& tier) {
                      scale.get(), one_of({-1, 1, 30, 1100}), pick(0, 3) ? 0.f : 10.f, pick(0, 1) ? sinks.get() : nullptr};
   Plan plan(args, sequences);
   std::unique_ptr<void, void (*)(void*)> memory(std::aligned_alloc(64, (tier.workspace_bytes(page) + 63) / 64 * 64), std::free);
-  std::memset(memory.get(), 0, sizeof(void*));
+  std::memset(memory.get(), 0, tier.workspace_bytes(page));
   for (int u = 0; u < (int)plan.units.size(); u++) plan.run(tier, args, u, memory.get());
 }
 
