@@ -22,8 +22,8 @@ from build_backend import torch_folder  # noqa: E402
 
 # Contraction is off so that quantising rounds as the torch reference does; fused operations are written out.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-         "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wall", "-Wextra", "-Wno-ignored-attributes",
-         "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # fmt: skip
+         "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wall", "-Wextra",
+         "-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # fmt: skip
 TIERS = {
     "csrc/cpu/tier_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "csrc/cpu/tier_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma",
@@ -63,7 +63,7 @@ class BuildKernels(build_ext):
             return self.compiler.compile([source], self.build_temp, include_dirs=include, extra_postargs=flags)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = sum(pool.map(compile_one, ext.sources), [])
+            objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
         nvcc = cuda_compiler()
         for source in CUDA_SOURCES if nvcc else []:
             target = f"{self.build_temp}/{Path(source).stem}.cu.o"

@@ -69,6 +69,7 @@ class PageLayout:
 
     @property
     def key_row_bytes(self) -> int:
+        """Bytes of one token's key codes."""
         return self.head_size * self.key_bits // 8
 
     @property
@@ -88,6 +89,7 @@ class PageLayout:
 
     @property
     def tile_bytes(self) -> int:
+        """Bytes of 16 tokens, scales and zeros included."""
         return self.key_bytes + self.value_bytes + TILE_TOKENS * self.meta_bytes_per_token
 
     @property

@@ -87,7 +87,7 @@ def packed_attention(
 @torch.library.register_fake("jettison::kv_store")
 def _kv_store_fake(
     key, value, cache, slot_mapping, key_bits, value_bits, sink_tokens, rotate, key_center, key_scale
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     return None
 
 
@@ -95,14 +95,14 @@ def _kv_store_fake(
 def _packed_attention_fake(
     query, cache, output, query_start_loc, seq_lens, block_table, scale, key_bits, value_bits, sink_tokens, rotate,
     key_scale, window, softcap, sinks,
-) -> None:  # type: ignore[no-untyped-def]  # fmt: skip
+) -> None:  # fmt: skip
     return None
 
 
 @torch.library.register_kernel("jettison::kv_store", "cuda")
 def _kv_store_cuda(
     key, value, cache, slot_mapping, key_bits, value_bits, sink_tokens, rotate, key_center, key_scale
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     layout = PageLayout(key.shape[-1], key_bits, value_bits, sink_tokens)
     reference.kv_store(
         key, value, cache, slot_mapping, layout, rotate=rotate, key_center=key_center, key_scale=key_scale
@@ -113,7 +113,7 @@ def _kv_store_cuda(
 def _packed_attention_cuda(
     query, cache, output, query_start_loc, seq_lens, block_table, scale, key_bits, value_bits, sink_tokens, rotate,
     key_scale, window, softcap, sinks,
-) -> None:  # type: ignore[no-untyped-def]  # fmt: skip
+) -> None:  # fmt: skip
     layout = PageLayout(query.shape[-1], key_bits, value_bits, sink_tokens)
     reference.packed_attention(
         query, cache, output, query_start_loc, seq_lens, block_table, layout, scale=scale, rotate=rotate,

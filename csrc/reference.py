@@ -91,7 +91,7 @@ def _offsets(layout: PageLayout, device: torch.device) -> tuple[Tensor, Tensor, 
     words = layout.head_size * layout.value_bits // 16
     values = [[[layout.value_offset(r, w) + i for i in range(2)] for w in range(words)] for r in tokens]
     meta = [[layout.meta_offset(r) + i for i in range(layout.meta_bytes_per_token)] for r in tokens]
-    return tuple(torch.tensor(x, dtype=torch.int64, device=device) for x in (keys, values, meta))  # type: ignore[return-value]
+    return tuple(torch.tensor(x, dtype=torch.int64, device=device) for x in (keys, values, meta))
 
 
 def _pack_codes(codes: Tensor, bits: int) -> Tensor:

@@ -19,7 +19,9 @@ def test_every_byte_of_a_tile_has_one_owner(head_size):
         key_at, value_at, meta_at = reference._offsets(layout, torch.device("cpu"))
         for at in (key_at, value_at, meta_at):
             owners.index_add_(0, at.flatten(), torch.ones(at.numel(), dtype=torch.int32))
-        assert owners.eq(1).all(), f"D={head_size} K{key_bits}V{value_bits}: bytes {owners.ne(1).nonzero().flatten()[:8]}"
+        assert owners.eq(1).all(), (
+            f"D={head_size} K{key_bits}V{value_bits}: bytes {owners.ne(1).nonzero().flatten()[:8]}"
+        )
 
 
 def test_addresses_of_the_probed_format():

@@ -33,13 +33,18 @@ def test_t12_opcheck(batch_factory, lengths):
     torch.library.opcheck(torch.ops.jettison.packed_attention.default, attention_arguments(batch))
 
 
+def across(x):
+    """The same values with the second and third dimension swapped in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 WRONG = {
     "key must be float32": lambda b: {"key": b.key.double()},
     "key has 2 dimensions": lambda b: {"key": b.key[:, 0]},
-    "key must be contiguous in its last dimension": lambda b: {"key": b.key.transpose(1, 2).contiguous().transpose(1, 2)},
+    "key must be contiguous in its last dimension": lambda b: {"key": across(b.key)},
     "cache must be uint8": lambda b: {"cache": b.cache.float()},
     "bytes per token, this format needs 104": lambda b: {"cache": b.cache[..., :96]},
-    "bytes of a page must be contiguous": lambda b: {"cache": b.cache.transpose(1, 2).contiguous().transpose(1, 2)},
+    "bytes of a page must be contiguous": lambda b: {"cache": across(b.cache)},
     "cache has 1 heads, key has 2": lambda b: {"cache": b.cache[:, :1]},
     "64-bit integers": lambda b: {"slot_mapping": b.slots.int()},
     "slot 99999 is outside": lambda b: {"slot_mapping": b.slots.clone().fill_(99999)},
@@ -89,7 +94,8 @@ def test_every_tier_passes_the_same_tests(tier):
     folder = os.path.dirname(__file__)
     selected = "(bytes_of_the_reference and 64) or (every_pair and (64 or 80)) or prefix_alone or poisoned or soft_cap"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", folder, "-k", selected]
-    run = subprocess.run(command, env={**os.environ, "JETTISON_ISA": tier}, capture_output=True, text=True, timeout=600)
+    environment = {**os.environ, "JETTISON_ISA": tier}
+    run = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
 
 
@@ -99,12 +105,3 @@ def test_the_library_needs_no_particular_python_or_torch():
     symbols = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
     foreign = [s for s in symbols.split() if s.startswith(("Py", "_Py", "_ZN2at", "_ZN3c10", "_ZNK2at", "_ZNK3c10"))]
     assert not foreign, f"symbols outside the stable ABI: {foreign[:5]}"
-
-
-def test_no_tier_leaks_code_into_another():
-    """A function compiled for AVX-512 must not be what an older processor runs: no shared symbols between tiers."""
-    path = csrc.library_path()
-    names = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout.splitlines()
-    weak = [n for n in names if " W " in n or " V " in n or " u " in n]
-    shared = [n for n in weak if "jettison::" in n and not any(f"jettison::{t}::" in n for t in ("portable", "avx2", "avx512"))]
-    assert all("Plan" in n or "Unit" in n or "Item" in n or "Strided" in n or "(anonymous" in n for n in shared), shared[:5]

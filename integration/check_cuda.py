@@ -1,0 +1,122 @@
+"""Packed KV pages in vLLM's CUDA build, through the backend slot CUSTOM: SmolLM2, stock beside Jettison.
+
+    python integration/check_cuda.py [-o integration/results/cuda_check.json]
+
+The CUDA side runs the torch reference, so nothing here is about speed: what counts is that the V2 model runner, torch
+compile with piecewise CUDA graphs and eager mode all give the right distributions and the planned capacity, and that
+full CUDA graphs are refused with a sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jettison.hooks import assets
+from jettison.hooks.console import print_table
+from jettison.hooks.engine_process import EngineProcess
+from jettison.hooks.errors import EnvironmentRefused
+from jettison.hooks.results import Results
+
+HERE = Path(__file__).resolve().parent
+FLAGS = (
+    "--max-model-len",
+    "2048",
+    "--max-num-seqs",
+    "16",
+    "--kv-cache-memory-bytes",
+    str(1 << 30),
+    "--dtype",
+    "bfloat16",
+)
+EAGER = ("--enforce-eager",)
+PIECEWISE = ("--compilation-config", '{"cudagraph_mode": "PIECEWISE"}')
+FULL = ("--compilation-config", '{"cudagraph_mode": "FULL"}')
+CASES = (
+    ("eager", "k16v16", EAGER, 1e-3),
+    ("eager", "k8v8", EAGER, 2e-3),
+    ("eager", "k8v4", EAGER, 2e-2),
+    ("piecewise graphs", "k8v4", PIECEWISE, 2e-2),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", type=Path, default=HERE.parent / "build")
+    parser.add_argument("-o", "--output", type=Path, default=HERE / "results" / "cuda_check.json")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing to check", file=sys.stderr)
+        return 3
+    results = Results.start(device=torch.cuda.get_device_name())
+    model = str(assets.checkpoint(options.build))
+    texts = _texts(model)
+    failed = []
+    with tempfile.TemporaryDirectory(dir=options.build) as folder:
+        stored = str(Path(folder) / "stock.safetensors")
+        stock = _run("stock", model, EAGER, [], texts, stored, Path(folder))
+        results.add("eager", "vllm", "capacity", stock["tokens"], "tokens")
+        for case, pair, flags, limit in CASES:
+            found = _run(pair, model, flags, [f"kvtuner={pair}"], texts, stored, Path(folder))
+            results.add(case, f"jettison {pair}", "capacity", found["tokens"], "tokens")
+            results.add(case, f"jettison {pair}", "mean_kl", found["mean_kl"], "nats")
+            results.add(case, f"jettison {pair}", "top1_agreement", found["top1_agreement"], "ratio")
+            results.add(case, f"jettison {pair}", "same_greedy_tokens", float(found["text"] == stock["text"]), "ratio")
+            print(
+                f"RESULT {case} {pair} {found['mean_kl']:.6f} {found['top1_agreement']:.4f} {found['tokens']}",
+                flush=True,
+            )
+            failed += [f"{case} {pair}: KL {found['mean_kl']:.4f} > {limit}"] if found["mean_kl"] > limit else []
+        refused = _refused(model, Path(folder))
+        print(f"RESULT full graphs refused: {refused}", flush=True)
+        results.add("full graphs", "jettison k8v4", "refused", float(refused), "ratio")
+        failed += [] if refused else ["full CUDA graphs were not refused"]
+    results.write(options.output)
+    rows = [(row.case, row.system, row.metric, f"{row.value:,.5g} {row.unit}") for row in results.rows]
+    print_table(("case", "system", "metric", "value"), rows, title=results.device)
+    print("\n".join(failed) or "all as expected")
+    return 1 if failed else 0
+
+
+def _texts(model: str) -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
+    problems, articles = assets.texts("held-out")
+    found: list[list[int]] = [tokenizer.encode(text).ids[:700] for text in (problems[:20_000], *articles[:2])]
+    return found
+
+
+def _run(
+    name: str,
+    model: str,
+    flags: tuple[str, ...],
+    selections: list[str],
+    texts: list[list[int]],
+    stored: str,
+    folder: Path,
+) -> dict[str, Any]:
+    with EngineProcess(name, [model, *FLAGS, *flags], selections, folder / f"{name}.log") as engine:
+        quality = engine.ask("logits", texts=texts, file=stored, compare=bool(selections))
+        text = engine.ask("generate", prompts=[texts[0][:100], texts[1][:300]], tokens=24)["texts"]
+        return {**engine.start, **quality, "text": text}
+
+
+def _refused(model: str, folder: Path) -> bool:
+    log = folder / "full.log"
+    try:
+        with EngineProcess("full graphs", [model, *FLAGS, *FULL], ["kvtuner=k8v4"], log):
+            return False
+    except EnvironmentRefused as error:
+        text = f"{error}\n{log.read_text()}"
+        print("\n".join(line for line in text.splitlines() if "graph" in line.lower())[-1500:], flush=True)
+        return "CUDA graphs are on in mode FULL" in text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""KVTuner: every attention layer gets the key and value bits it can bear, so the same memory holds three times the tokens.
+
+Paper: "KVTuner: Sensitivity-Aware Layer-Wise Mixed-Precision KV Cache Quantization", arXiv 2502.04420 (ICML 2025).
+What is kept: an offline, static table of (key bits, value bits) per layer; per-token asymmetric codes; keys and values
+chosen apart. What differs: layers are ranked by the loss of the model's own output distribution that each pair causes
+(one backward pass, `sensitivity`), not by the relative error of the attention output, and the table is then chosen
+exactly (`select`) under a budget of real bytes instead of by an evolutionary search.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jettison.hooks.specs import hookimpl
+
+if TYPE_CHECKING:
+    import click
+
+    from jettison.plugins.kvtuner.config import KVTunerOptions
+    from jettison.plugins.kvtuner.engine import KVTuner
+
+
+@hookimpl
+def options() -> type[KVTunerOptions]:
+    """Return the class of the section `kvtuner`."""
+    from jettison.plugins.kvtuner.config import KVTunerOptions
+
+    return KVTunerOptions
+
+
+@hookimpl
+def activate(options: KVTunerOptions) -> KVTuner:
+    """Return the object that answers one engine's question which format a layer has."""
+    from jettison.plugins.kvtuner.engine import KVTuner
+
+    return KVTuner(options)
+
+
+@hookimpl
+def commands(cli: click.Group) -> None:
+    """Add `jettison kvtuner`."""
+    from jettison.plugins.kvtuner.command import kvtuner
+
+    cli.add_command(kvtuner)

@@ -1,0 +1,73 @@
+"""What an engine asks of KVTuner: the format of each attention layer, and what came of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from jettison.csrc.layout import PageLayout
+from jettison.hooks.errors import ConfigError
+from jettison.hooks.specs import hookimpl
+from jettison.hooks.types import AttentionLayer, KVFormat
+from jettison.plugins.kvtuner.config import KVTunerOptions
+from jettison.plugins.kvtuner.table import Table
+
+REPORT_BLOCK = 128
+"""Tokens per block that `report` assumes when it counts the sink area; an engine with another block size differs."""
+
+
+class KVTuner:
+    """Carrier of the engine-level hooks for one engine."""
+
+    def __init__(self, options: KVTunerOptions) -> None:
+        self._options = options
+        self._answered: dict[int, tuple[AttentionLayer, KVFormat]] = {}
+
+    @hookimpl
+    def kv_cache_format(self, layer: AttentionLayer) -> KVFormat:
+        """Return the layer's format.
+
+        Raises:
+            ConfigError: the table was measured on a model of another shape.
+        """
+        pair, table = self._options.uniform, self._options.table
+        if table is not None:
+            _check_shape(table, layer)
+            answer = table.format(layer.index)
+        elif pair is not None:
+            rotate = self._options.rotate is not False
+            answer = KVFormat(*pair, rotate=rotate, sink_tokens=self._options.sink_tokens or 0)
+        else:
+            raise AssertionError("options hold exactly one of table and pair")
+        self._answered[layer.index] = (layer, answer)
+        return answer
+
+    @hookimpl
+    def report(self) -> dict[str, Any]:
+        """Return the formats given so far and their bytes per token (all heads, blocks of 128 tokens, before TP)."""
+        table = self._options.table
+        source: dict[str, Any] = {"source": "table" if table is not None else "pair"}
+        if table is not None:
+            source |= {"model": table.model.name, "payload_sha256": table.payload_sha256}
+        packed = stock = 0
+        pairs: Counter[str] = Counter()
+        for layer, answer in self._answered.values():
+            pairs[f"k{answer.key_bits}v{answer.value_bits}"] += 1
+            layout = PageLayout(layer.head_size, answer.key_bits, answer.value_bits, answer.sink_tokens)
+            packed += layer.num_kv_heads * layout.bytes_per_token(REPORT_BLOCK)
+            stock += layer.num_kv_heads * layer.head_size * 4
+        sizes = {"bytes_per_token": packed, "bf16_bytes_per_token": stock}
+        ratio = {"capacity_ratio": round(stock / packed, 4)} if packed else {}
+        return {**source, "layers": len(self._answered), "pairs": dict(sorted(pairs.items())), **sizes, **ratio}
+
+
+def _check_shape(table: Table, layer: AttentionLayer) -> None:
+    expected = (table.model.num_layers, table.model.num_kv_heads, table.model.head_size)
+    found = (layer.num_layers, layer.num_kv_heads, layer.head_size)
+    if expected != found or not 0 <= layer.index < layer.num_layers:
+        raise ConfigError(
+            f"the table of {table.model.name!r} is for {expected[0]} layers, {expected[1]} KV heads and head size "
+            f"{expected[2]}, but layer {layer.index} ({layer.name}) is one of {found[0]}, with {found[1]} and {found[2]}",
+            do="measure a table for this model: jettison kvtuner sensitivity MODEL -o table.json",
+        )
+

@@ -1,0 +1,207 @@
+"""The artefact `kvtuner.table`, schema 1: key and value bits of every layer, and the static key codec.
+
+A table is JSON. `payload_sha256` covers the payload, so a changed byte is refused, not served.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import math
+import os
+import struct
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from jettison.hooks.errors import ConfigError, InputRefused
+from jettison.hooks.files import read_document, write_atomically
+from jettison.hooks.types import KVFormat
+
+Bits = Literal[16, 8, 4, 2]
+Pair = tuple[int, int]
+"""(key bits, value bits)."""
+
+SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+_MAX_ELEMENTS = 1 << 24
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelShape(_Part):
+    """The model that a table was measured on; counts are the whole model's, before tensor parallelism."""
+
+    name: Name
+    config_sha256: SHA256
+    num_layers: Annotated[int, Field(ge=1, le=1024)]
+    num_kv_heads: Annotated[int, Field(ge=1, le=1024)]
+    head_size: Annotated[int, Field(ge=32, le=256, multiple_of=16)]
+
+    @property
+    def elements(self) -> int:
+        """Number of key channels of the whole model: layers x KV heads x head size."""
+        return self.num_layers * self.num_kv_heads * self.head_size
+
+
+class LayerBits(_Part):
+    """Bits of one layer."""
+
+    layer: Annotated[int, Field(ge=0)]
+    key_bits: Bits
+    value_bits: Bits
+
+
+class Payload(_Part):
+    """What is in force at run time.
+
+    Attributes:
+        layers: one entry per layer, in order.
+        rotate: rotate keys and values by a Hadamard matrix before quantising.
+        sink_tokens: first tokens of a sequence that are kept at 16 bits.
+        key_center, key_scale: base64 of little-endian float16 [num_layers, num_kv_heads, head_size], or None.
+    """
+
+    layers: Annotated[list[LayerBits], Field(min_length=1)]
+    rotate: bool
+    sink_tokens: Annotated[int, Field(ge=0, le=16)]
+    key_center: str | None
+    key_scale: str | None
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """(key bits, value bits) of every layer, in order."""
+        return [(entry.key_bits, entry.value_bits) for entry in self.layers]
+
+
+class Source(_Part):
+    """How the table was made. Free of paths and of text from the calibration data."""
+
+    method: Name
+    data: Name
+    data_sha256: SHA256
+    tokens: Annotated[int, Field(ge=0)]
+    seed: int
+    capacity_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    block_size: Annotated[int, Field(ge=16, multiple_of=16)]
+    predicted_kl: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Table(_Part):
+    """The whole artefact. Construction refuses whatever `payload_sha256` or the model's shape contradicts."""
+
+    schema_: Annotated[Literal[1], Field(alias="schema")]
+    kind: Literal["kvtuner.table"]
+    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    jettison: Name
+    model: ModelShape
+    source: Source
+    payload: Payload
+    payload_sha256: SHA256
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Table:
+        found = [entry.layer for entry in self.payload.layers]
+        if found != list(range(self.model.num_layers)):
+            raise ValueError(_layer_problem(found, self.model.num_layers))
+        for name in ("key_center", "key_scale"):
+            _check_channels(name, getattr(self.payload, name), self.model.elements, positive=name == "key_scale")
+        if payload_sha256(self.payload) != self.payload_sha256:
+            raise ValueError("payload_sha256 does not match the payload: the table was changed after it was written")
+        return self
+
+    def format(self, layer: int) -> KVFormat:
+        """Return the format of layer `layer`, 0 to num_layers - 1."""
+        bits = self.payload.layers[layer]
+        return KVFormat(
+            bits.key_bits,
+            bits.value_bits,
+            rotate=self.payload.rotate,
+            sink_tokens=self.payload.sink_tokens,
+            key_center=self._channels(self.payload.key_center, layer),
+            key_scale=self._channels(self.payload.key_scale, layer),
+        )
+
+    def _channels(self, text: str | None, layer: int) -> list[list[float]] | None:
+        if text is None:
+            return None
+        heads, size = self.model.num_kv_heads, self.model.head_size
+        values = struct.unpack_from(f"<{heads * size}e", base64.b64decode(text), 2 * layer * heads * size)
+        return [list(values[head * size : (head + 1) * size]) for head in range(heads)]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON, atomically."""
+        write_atomically(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
+
+
+def payload_sha256(payload: Payload) -> str:
+    """SHA-256 of the canonical JSON (sorted keys, no spaces) of `payload`."""
+    text = json.dumps(payload.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse_table(content: object, where: str = "the table") -> Table:
+    """Validate the JSON-like `content`; `where` names it in the error.
+
+    Raises:
+        InputRefused: what is wrong, and at which place.
+    """
+    try:
+        return Table.model_validate_json(json.dumps(content, allow_nan=False), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputRefused(f"{where} is refused at {place}: {message}", do="measure it again") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputRefused(f"{where} is not plain JSON ({type(error).__name__})", do="measure it again") from error
+
+
+def load_table(path: str | os.PathLike[str]) -> Table:
+    """Read a table written by `Table.save`, JSON or the same tree as YAML.
+
+    Raises:
+        InputRefused: unreadable, malformed, or not a valid table.
+    """
+    return parse_table(read_document(path), os.fspath(path))
+
+
+def encode_channels(values: Any) -> str:
+    """Encode a float tensor [num_layers, num_kv_heads, head_size] for the payload. Needs torch.
+
+    Raises:
+        ConfigError: a value is not finite in float16.
+    """
+    import torch
+
+    half = values.detach().to("cpu", torch.float16)
+    if not bool(torch.isfinite(half).all()):
+        raise ConfigError("a key statistic is not finite in float16", do="check the model and the calibration text")
+    return base64.b64encode(half.contiguous().numpy().astype("<f2").tobytes()).decode("ascii")
+
+
+def _layer_problem(found: list[int], expected: int) -> str:
+    twice = sorted({layer for layer in found if found.count(layer) > 1})[:4]
+    missing = sorted(set(range(expected)) - set(found))[:4]
+    unknown = sorted(set(found) - set(range(expected)))[:4]
+    named = (("occurs twice", twice), ("missing", missing), ("unknown", unknown))
+    problems = [f"layer {layers[0]} {'is ' if what != 'occurs twice' else ''}{what}" for what, layers in named if layers]
+    return f"layers must be 0 to {expected - 1} in order, but " + (", ".join(problems) or "they are out of order")
+
+
+def _check_channels(name: str, text: str | None, elements: int, *, positive: bool) -> None:
+    if text is None:
+        return
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"payload.{name} is not base64") from error
+    if len(data) != 2 * elements or elements > _MAX_ELEMENTS:
+        raise ValueError(f"payload.{name} holds {len(data)} bytes, the model's shape needs {2 * elements}")
+    for index, value in enumerate(struct.unpack(f"<{elements}e", data)):
+        if not math.isfinite(value) or (positive and value <= 0):
+            raise ValueError(f"payload.{name} element {index} is {value}; it must be finite{' and above 0' * positive}")
