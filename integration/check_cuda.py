@@ -37,12 +37,16 @@ FLAGS = (
 EAGER = ("--enforce-eager",)
 PIECEWISE = ("--compilation-config", '{"cudagraph_mode": "PIECEWISE"}')
 FULL = ("--compilation-config", '{"cudagraph_mode": "FULL"}')
+OTHER_STOCK = (*EAGER, "--attention-backend", "TRITON_ATTN")
 CASES = (
-    ("eager", "k16v16", EAGER, 1e-3),
-    ("eager", "k8v8", EAGER, 2e-3),
-    ("eager", "k8v4", EAGER, 2e-2),
-    ("piecewise graphs", "k8v4", PIECEWISE, 2e-2),
+    ("eager", "k16v16", EAGER),
+    ("eager", "k8v8", EAGER),
+    ("eager", "k8v4", EAGER),
+    ("piecewise graphs", "k8v4", PIECEWISE),
 )
+# In a bf16 model two exact attention kernels differ too: that floor, between two stock backends, is measured in the
+# same run. 16- and 8-bit caches must stay within twice the floor, 8-bit keys with 4-bit values below 0.02 nats.
+LIMIT_K8V4 = 0.02
 
 
 def main() -> int:
@@ -59,9 +63,14 @@ def main() -> int:
     failed = []
     with tempfile.TemporaryDirectory(dir=options.build) as folder:
         stored = str(Path(folder) / "stock.safetensors")
-        stock = _run("stock", model, EAGER, [], texts, stored, Path(folder))
+        stock = _run("stock", model, EAGER, [], texts, stored, Path(folder), compare=False)
         results.add("eager", "vllm", "capacity", stock["tokens"], "tokens")
-        for case, pair, flags, limit in CASES:
+        other = _run("other stock", model, OTHER_STOCK, [], texts, stored, Path(folder))
+        results.add("eager", "vllm TRITON_ATTN", "mean_kl", other["mean_kl"], "nats")
+        results.add("eager", "vllm TRITON_ATTN", "top1_agreement", other["top1_agreement"], "ratio")
+        print(f"RESULT floor {other['mean_kl']:.6f} {other['top1_agreement']:.4f}", flush=True)
+        for case, pair, flags in CASES:
+            limit = LIMIT_K8V4 if pair == "k8v4" else 2 * other["mean_kl"]
             found = _run(pair, model, flags, [f"kvtuner={pair}"], texts, stored, Path(folder))
             results.add(case, f"jettison {pair}", "capacity", found["tokens"], "tokens")
             results.add(case, f"jettison {pair}", "mean_kl", found["mean_kl"], "nats")
@@ -100,9 +109,11 @@ def _run(
     texts: list[list[int]],
     stored: str,
     folder: Path,
+    *,
+    compare: bool = True,
 ) -> dict[str, Any]:
     with EngineProcess(name, [model, *FLAGS, *flags], selections, folder / f"{name}.log") as engine:
-        quality = engine.ask("logits", texts=texts, file=stored, compare=bool(selections))
+        quality = engine.ask("logits", texts=texts, file=stored, compare=compare)
         text = engine.ask("generate", prompts=[texts[0][:100], texts[1][:300]], tokens=24)["texts"]
         return {**engine.start, **quality, "text": text}
 

@@ -35,7 +35,7 @@ def activate(options: ProbeOptions) -> object:
     if options.kv is not None:
         members["kv_cache_format"] = hookimpl(lambda layer: _format(options, layer))
     if options.policies:
-        members["request_policy"] = hookimpl(lambda request: _policy(request))
+        members["request_policy"] = hookimpl(_policy)
     return types.SimpleNamespace(**members)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 import vllm_engines
 from vllm_engines import HERE, generate, running, status_of
 
@@ -24,7 +25,18 @@ def install(kind: str, source: Path, folder: Path) -> Path:
     build = [sys.executable, "-c", BUILD.format(kind=kind, folder=str(wheels))]
     subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=120)
     (wheel,) = wheels.glob("*.whl")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(target),
+        str(wheel),
+    ]
     subprocess.run(pip, check=True, capture_output=True, timeout=120)
     return target
 
@@ -80,7 +92,9 @@ def test_a_broken_hook_signature_is_refused(source: Path, tmp_path: Path, model:
 
     use(install("editable", source, tmp_path))
     module = source / f"{MODULE}.py"
-    module.write_text(module.read_text().replace("def kv_cache_format(self, layer:", "def kv_cache_format(self, layers:"))
+    module.write_text(
+        module.read_text().replace("def kv_cache_format(self, layer:", "def kv_cache_format(self, layers:")
+    )
     with pytest.raises(JettisonError, match="'edges' has a hook with a bad signature"), running(model, {"edges": {}}):
         pass
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vllm_engines import generate, install_probe, layers_of, num_blocks, running, status_of
 
 PROMPTS = [[(i * 11 + j * 17) % 250 for i in range(20 + 25 * j)] for j in range(8)]
@@ -79,8 +80,9 @@ def test_a_plugin_that_fails_on_a_layer_is_named(model: Path) -> None:
 def test_a_refused_engine_leaves_the_process_usable(model: Path) -> None:
     from jettison.hooks import JettisonError
 
-    with pytest.raises(JettisonError, match="--kv-cache-dtype"), running(
-        model, {"probe": {"kv": [[8, 8]]}}, kv_cache_dtype="fp8"
+    with (
+        pytest.raises(JettisonError, match="--kv-cache-dtype"),
+        running(model, {"probe": {"kv": [[8, 8]]}}, kv_cache_dtype="fp8"),
     ):
         pass
     with running(model) as llm:

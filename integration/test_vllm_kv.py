@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from jettison.csrc.layout import PageLayout
 from vllm_engines import (
     KV_BYTES,
     PROMPTS,
@@ -17,12 +19,10 @@ from vllm_engines import (
     layers_of,
     models,
     num_blocks,
-    running,
     runner_of,
+    running,
     status_of,
 )
-
-from jettison.csrc.layout import PageLayout
 
 MIX: list[list[int] | None] = [[8, 8], [4, 4], None, [4, 2]]
 MIXED = {"probe": {"kv": MIX, "rotate": True}}
@@ -65,13 +65,14 @@ def test_k8v8_is_close_to_stock(tiny: dict[str, Path], stock: list[Answer]) -> N
     assert worst < 0.08, f"K8V8: log-probabilities differ by {worst}"
 
 
+@pytest.fixture(scope="class")
+def mixed(tiny: dict[str, Path], stock: list[Answer], mixed_answers: list[Answer]) -> Iterator[Any]:
+    with running(tiny["llama"], MIXED) as llm:
+        yield llm
+
+
 class TestMixedTable:
     """One engine with another format in every layer, prefix caching on."""
-
-    @pytest.fixture(scope="class")
-    def mixed(self, tiny: dict[str, Path], stock: list[Answer], mixed_answers: list[Answer]) -> Iterator[Any]:
-        with running(tiny["llama"], MIXED) as llm:
-            yield llm
 
     def test_allocates_exactly_the_predicted_blocks(self, mixed: Any) -> None:
         bits = [tuple(pair or (16, 16)) for pair in MIX]
@@ -82,9 +83,7 @@ class TestMixedTable:
         assert {str(view.dtype) for view in views} == {"torch.uint8"}
         assert not runner_of(mixed).kv_cache_config.needs_kv_cache_zeroing
 
-    def test_is_in_force_and_close_to_stock(
-        self, mixed: Any, mixed_answers: list[Answer], stock: list[Answer]
-    ) -> None:
+    def test_is_in_force_and_close_to_stock(self, mixed: Any, mixed_answers: list[Answer], stock: list[Answer]) -> None:
         found = status_of(mixed)
         pairs = [(layer["key_bits"], layer["value_bits"]) for layer in found["layers"]]
         assert pairs == [(8, 8), (4, 4), (16, 16), (4, 2)]
@@ -173,3 +172,10 @@ def test_sliding_windows(
         cold = difference(generate(llm, LONG, tokens=24), windowed[model])
         warm = difference(generate(llm, LONG, tokens=24), windowed[model])
     assert max(cold, warm) < 0.1, f"{model}, {layout}: log-probabilities differ by {cold}, on a warm cache by {warm}"
+
+
+def test_torch_compile_gives_the_eager_answers(tiny: dict[str, Path], mixed_answers: list[Answer]) -> None:
+    with running(tiny["llama"], MIXED, enforce_eager=False, enable_prefix_caching=False) as llm:
+        assert llm.llm_engine.vllm_config.compilation_config.mode.name != "NONE"
+        worst = difference(generate(llm), mixed_answers)
+    assert worst < 0.02, f"compiled model: log-probabilities differ by {worst}"

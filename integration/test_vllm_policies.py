@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vllm_engines import POLICIES, Answer, generate, install_probe, running, status_of
 
 BATCH = [[(i * 7 + j * 31) % 250 for i in range(10 + 9 * j)] for j in range(8)]
@@ -20,7 +20,9 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     install_probe(tmp_path_factory.mktemp("probe"))
     model = tiny_models.llama(tmp_path_factory.mktemp("models") / "llama")
-    with running(model, {"probe": {"policies": True}}, logits_processors=[POLICIES], max_num_batched_tokens=128) as engine:
+    with running(
+        model, {"probe": {"policies": True}}, logits_processors=[POLICIES], max_num_batched_tokens=128
+    ) as engine:
         yield engine
 
 

@@ -1,4 +1,4 @@
-"""What needs vLLM's own processes: TP=2, plugin faults in a spawned worker (T-3), a server started and stopped (T-9)."""
+"""What needs vLLM's own processes: TP=2, plugin faults in a spawned worker (T-3), servers that stop and die (T-9)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vllm_engines import HERE, PROMPTS, WORKER, Answer, difference, generate, install_plugin, install_probe, running
 
 CENTER = [[(head + 1) * 0.01 * (channel % 7) for channel in range(64)] for head in range(2)]
@@ -41,7 +42,9 @@ def environment(search_path: str, **more: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": search_path, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **more}
 
 
-def child(model: Path, section: dict[str, Any], env: dict[str, str], **options: Any) -> subprocess.CompletedProcess[str]:
+def child(
+    model: Path, section: dict[str, Any], env: dict[str, str], **options: Any
+) -> subprocess.CompletedProcess[str]:
     engine = {
         "model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 16,
         "block_size": 32, "worker_extension_cls": WORKER, "additional_config": {"jettison": section}, **options,
@@ -93,7 +96,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         command = [
-            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1",
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1",
             "--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024",
             "--worker-extension-cls", WORKER, "--additional-config", json.dumps({"jettison": SECTION}),
         ]  # fmt: skip
@@ -114,7 +117,9 @@ class Server:
         """Ask for `tokens` tokens; return how many came, 0 if the server went away."""
         body = {"model": self.process.args[4], "prompt": list(PROMPTS[1]), "max_tokens": tokens, "ignore_eos": True}  # type: ignore[index]
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"http://127.0.0.1:{self.port}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
         )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:

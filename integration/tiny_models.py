@@ -1,7 +1,8 @@
 """Tiny random-weight models for tests with real engines: fixed seeds, wide margins, a real (trivial) tokenizer.
 
-The output matrix is a permutation of the input embeddings (or equal to them, where the model ties both), so the next token wins by a wide margin and greedy text does
-not hang on rounding, while the layers still move every log-probability: tests compare both.
+The output matrix is a permutation of the input embeddings (or equal to them, where the model ties both), so the next
+token wins by a wide margin and greedy text does not hang on rounding, while the layers still move every
+log-probability: tests compare both.
 """
 
 from __future__ import annotations

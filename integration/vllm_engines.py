@@ -44,7 +44,7 @@ def install_probe(folder: Path) -> str:
 
 
 def install_plugin(folder: Path, name: str, module: str, source: Path) -> str:
-    """Make `module`, found in `source`, the plugin `name` of this process and of children with the PYTHONPATH returned."""
+    """Make `module`, found in `source`, the plugin `name` of this process; return the PYTHONPATH for children."""
     info = folder / f"jettison_{name}-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: jettison-{name}\nVersion: 0\n")

@@ -43,10 +43,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec as AttentionSpec
     from vllm.v1.kv_cache_interface import KVCacheLayout as KVCacheLayout
     from vllm.v1.sample.logits_processor import BatchUpdate as BatchUpdate
-    from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
     from vllm.v1.sample.logits_processor import MoveDirectionality as MoveDirectionality
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext as LogitsContext
-    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcRequestState as LogitsProcRequestState
     from vllm.v1.worker.worker_base import WorkerBase as WorkerBase
 
@@ -70,6 +68,7 @@ class Symbol:
 
     @property
     def name(self) -> str:
+        """The attribute path without the module."""
         return self.target.rsplit(":", 1)[1]
 
 

@@ -140,9 +140,7 @@ def _ask(active: Active, record: AttentionLayer) -> KVFormat | None:
     return answer
 
 
-def _localise(
-    config: compat.VllmConfig, record: AttentionLayer, kv: KVFormat, layer: compat.Attention
-) -> LayerFormat:
+def _localise(config: compat.VllmConfig, record: AttentionLayer, kv: KVFormat, layer: compat.Attention) -> LayerFormat:
     try:
         layout = PageLayout(record.head_size, kv.key_bits, kv.value_bits, kv.sink_tokens)
         layout.bytes_per_token(config.cache_config.block_size)

@@ -104,10 +104,11 @@ class Engine:
             self._run([ids], temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
         finally:
             handle.remove()
+        # NOTES: the V2 model runner computes the last position's logits too, the V1 runner in a call of its own.
         logits = torch.cat(seen)
-        if logits.shape[0] != len(ids) - 1:
+        if logits.shape[0] not in (len(ids) - 1, len(ids)):
             raise RuntimeError(f"the engine computed {logits.shape[0]} prompt logits for {len(ids)} tokens")
-        return logits
+        return logits[: len(ids) - 1]
 
 
 def main() -> None:

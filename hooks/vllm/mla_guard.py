@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jettison.hooks.vllm.compat import AMXMLABackend, CPUMLABackend, get_current_vllm_config
 from jettison.hooks.vllm.engine import engine_for
 
@@ -10,7 +12,8 @@ class GuardedCPUMLABackend(CPUMLABackend):
     """Stock, behind the refusals of `engine_for`."""
 
     @staticmethod
-    def get_impl_cls():  # type: ignore[no-untyped-def]
+    def get_impl_cls() -> Any:
+        """Stock's; raises JettisonError for an engine that is refused."""
         engine_for(get_current_vllm_config())
         return CPUMLABackend.get_impl_cls()
 
@@ -19,6 +22,7 @@ class GuardedAMXMLABackend(AMXMLABackend):
     """Stock, behind the refusals of `engine_for`."""
 
     @staticmethod
-    def get_impl_cls():  # type: ignore[no-untyped-def]
+    def get_impl_cls() -> Any:
+        """Stock's; raises JettisonError for an engine that is refused."""
         engine_for(get_current_vllm_config())
         return AMXMLABackend.get_impl_cls()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+from abc import ABCMeta
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -218,11 +219,8 @@ def _refuse_pending() -> None:
         )
 
 
-BackendT = TypeVar("BackendT", bound=type[AttentionBackend])
-
-
 @cache
-def specialised(base: BackendT, layout: PageLayout) -> BackendT:
+def specialised(base: type[AttentionBackend], layout: PageLayout) -> type[AttentionBackend]:
     """The subclass of `base` for one page layout; its name is unique, because vLLM groups layers by name."""
     name = f"{base.__name__}_K{layout.key_bits}V{layout.value_bits}_D{layout.head_size}_S{layout.sink_tokens}"
     members = {
@@ -233,4 +231,4 @@ def specialised(base: BackendT, layout: PageLayout) -> BackendT:
         "get_supported_kernel_block_sizes": staticmethod(lambda kv_cache_spec=None: [MultipleOf(TILE_TOKENS)]),
         "supported_kv_cache_layouts": classmethod(lambda cls: (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)),
     }
-    return type(base)(name, (base,), members)  # type: ignore[return-value]
+    return ABCMeta(name, (base,), members)

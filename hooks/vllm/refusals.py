@@ -1,4 +1,4 @@
-"""What a running vLLM engine must look like for Jettison: one rule and one sentence per thing that we do not support."""
+"""What a vLLM engine must look like for Jettison: one rule and one sentence per thing that we do not support."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _if(applies: bool, found: str) -> str | None:
 def _is_cpu() -> bool:
     from vllm.platforms import current_platform
 
-    return current_platform.is_cpu()
+    return bool(current_platform.is_cpu())
 
 
 def _wrong_backend(config: compat.VllmConfig) -> str | None:

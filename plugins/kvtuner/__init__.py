@@ -1,4 +1,4 @@
-"""KVTuner: every attention layer gets the key and value bits it can bear, so the same memory holds three times the tokens.
+"""KVTuner: each attention layer gets the key and value bits it can bear; the same memory holds three times the tokens.
 
 Paper: "KVTuner: Sensitivity-Aware Layer-Wise Mixed-Precision KV Cache Quantization", arXiv 2502.04420 (ICML 2025).
 What is kept: an offline, static table of (key bits, value bits) per layer; per-token asymmetric codes; keys and values

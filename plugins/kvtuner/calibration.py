@@ -25,9 +25,9 @@ from jettison.plugins.kvtuner.table import (
     Payload,
     Source,
     Table,
+    content_sha256,
     encode_channels,
     parse_table,
-    payload_sha256,
 )
 
 METHOD = "fisher-kl, dynamic programme"
@@ -77,7 +77,7 @@ def load_model(folder: str) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputRefused(f"{folder} does not open as a causal language model ({reason})", do="give a checkpoint")
+        raise InputRefused(f"{folder} does not open as a causal LM ({reason})", do="give a checkpoint") from error
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
@@ -149,18 +149,16 @@ def make_table(sensitivity: Sensitivity, shape: ModelShape, source: Source, sett
         key_center=encode_channels(sensitivity.key_center),
         key_scale=encode_channels(sensitivity.key_scale),
     )
-    return parse_table(
-        {
-            "schema": 1,
-            "kind": "kvtuner.table",
-            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "jettison": version,
-            "model": shape.model_dump(),
-            "source": {**source.model_dump(), "predicted_kl": predicted},
-            "payload": payload.model_dump(),
-            "payload_sha256": payload_sha256(payload),
-        }
-    )
+    content = {
+        "schema": 1,
+        "kind": "kvtuner.table",
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "jettison": version,
+        "model": shape.model_dump(),
+        "source": {**source.model_dump(), "predicted_kl": predicted},
+        "payload": payload.model_dump(),
+    }
+    return parse_table({**content, "payload_sha256": content_sha256(content)})
 
 
 def calibrate(
@@ -177,9 +175,7 @@ def calibrate(
         texts = file_texts(tokenizer, files, settings.length)
     else:
         texts = token_texts(tokenizer, "calibration", settings.texts, settings.length)
-    sensitivity = measure(
-        model, texts, sink_tokens=settings.sink_tokens, seed=settings.seed, progress=progress
-    )
+    sensitivity = measure(model, texts, sink_tokens=settings.sink_tokens, seed=settings.seed, progress=progress)
     source = Source(
         method=METHOD,
         data="files" if files else f"{assets.TEXT_PACKAGE}: gsm8k, squad, drop, coqa",

@@ -14,7 +14,7 @@ from torch import Tensor
 from jettison.hooks.errors import InputRefused
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float, int], Tensor]
-"""(layer, query [B, Hq, T, D], key and value [B, Hkv, T, D] after RoPE, scale, window or -1) -> output [B, Hq, T, D]."""
+"""(layer, query [B, Hq, T, D], key, value [B, Hkv, T, D] after RoPE, scale, window or -1) -> output [B, Hq, T, D]."""
 
 NAME = "jettison_kvtuner"
 _attend: ContextVar[Attend] = ContextVar(NAME)

@@ -100,7 +100,7 @@ def _print_summary(table: Table) -> None:
     mix = ", ".join(f"{count} x {pair}" for pair, count in facts["pairs"].items())
     click.echo(
         f"{facts['model']}: {mix}; {facts['bytes_per_token']} bytes per token instead of "
-        f"{facts['bf16_bytes_per_token']} ({facts['capacity_ratio']:.2f}x), predicted KL {facts['predicted_kl']:.4f} nats"
+        f"{facts['bf16_bytes_per_token']} ({facts['capacity_ratio']:.2f}x), predicted KL {facts['predicted_kl']:.4f}"
     )
 
 

@@ -67,7 +67,6 @@ def _check_shape(table: Table, layer: AttentionLayer) -> None:
     if expected != found or not 0 <= layer.index < layer.num_layers:
         raise ConfigError(
             f"the table of {table.model.name!r} is for {expected[0]} layers, {expected[1]} KV heads and head size "
-            f"{expected[2]}, but layer {layer.index} ({layer.name}) is one of {found[0]}, with {found[1]} and {found[2]}",
+            f"{expected[2]}, but layer {layer.index} ({layer.name}) is of {found[0]}, with {found[1]} and {found[2]}",
             do="measure a table for this model: jettison kvtuner sensitivity MODEL -o table.json",
         )
-

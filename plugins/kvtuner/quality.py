@@ -25,9 +25,7 @@ def log_probabilities(model: Any, ids: Tensor, formats: Sequence[KVFormat] | Non
     return torch.log_softmax(logits.float(), -1)
 
 
-def evaluate(
-    model: Any, texts: Sequence[Tensor], references: Sequence[Tensor], formats: Sequence[KVFormat]
-) -> Quality:
+def evaluate(model: Any, texts: Sequence[Tensor], references: Sequence[Tensor], formats: Sequence[KVFormat]) -> Quality:
     """Quality of `formats` on `texts`, given the model's own log-probabilities of each."""
     return summarise(
         compare(exact, log_probabilities(model, ids, formats)) for ids, exact in zip(texts, references, strict=True)

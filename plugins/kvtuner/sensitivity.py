@@ -7,9 +7,9 @@ metric e_o (section 3.2), and its norm ratio, are computed beside it. No error i
 exact inputs.
 
 Codec statistics come from the same pass, per KV head and channel: the centre is the mean key, the equalisation is
-(std(key) / rms(query))^0.5. With the rotation, quantisation noise is spread evenly over the equalised channels, so the
-score error is sum(q^2 s^2) * sum((k - c)^2 / s^2), which that choice of s minimises. (Weighting tokens by their share of
-the predicted KL gained another 3 to 8 % on SmolLM2's 4-bit keys for half a minute more; not worth it.)
+(std(key) / rms(query))^0.5. With the rotation, quantisation noise is spread evenly over the equalised channels, so
+the score error is sum(q^2 s^2) * sum((k - c)^2 / s^2), which that choice of s minimises. (Weighting tokens by their
+share of the predicted KL gained another 3 to 8 % on SmolLM2's 4-bit keys for half a minute more; not worth it.)
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def capture(model: Any, ids: Tensor, generator: torch.Generator) -> list[Capture
         with torch.enable_grad(), intercept(model, attend):
             logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
             chances = torch.log_softmax(logits.float(), -1)
-            sampled = torch.multinomial(chances.detach().exp().cpu(), 1, generator=generator).to(chances.device)
+            sampled = _sample(chances.detach(), generator)
             chances.gather(1, sampled).sum().backward()
     finally:
         for parameter in trainable:
@@ -143,9 +143,7 @@ def _floored(x: Tensor) -> Tensor:
     return x.clamp_min(1e-3 * x.mean(-1, keepdim=True)).clamp_min(1e-12)
 
 
-def layer_errors(
-    layer: Sequence[Captured], center: Tensor, scale: Tensor, *, rotate: bool, sink_tokens: int
-) -> Tensor:
+def layer_errors(layer: Sequence[Captured], center: Tensor, scale: Tensor, *, rotate: bool, sink_tokens: int) -> Tensor:
     """Predicted KL, e_o and norm ratio of one layer, [3, 16] over `PAIRS`.
 
     The change of the output is that of the keys plus that of the values, the product of both being neglected, so each
@@ -185,6 +183,13 @@ def _changes(
         stored = store_values(value, bits, rotate=rotate, sink_tokens=sink_tokens)
         changes["value", bits] = causal_attention(query, key, stored, text.scale, text.window) - exact
     return changes
+
+
+def _sample(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """One token per position, [T, 1], from log-probabilities [T, vocabulary]."""
+    total = chances.exp().cumsum(-1)
+    at = torch.rand(len(chances), 1, generator=generator).to(chances.device) * total[:, -1:]
+    return torch.searchsorted(total, at).clamp_max(chances.shape[-1] - 1)
 
 
 def _gradient(output: Tensor) -> Tensor:

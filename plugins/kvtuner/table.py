@@ -1,6 +1,6 @@
 """The artefact `kvtuner.table`, schema 1: key and value bits of every layer, and the static key codec.
 
-A table is JSON. `payload_sha256` covers the payload, so a changed byte is refused, not served.
+A table is JSON. `payload_sha256` covers everything else in it, so a changed value is refused, not served.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class Table(_Part):
             raise ValueError(_layer_problem(found, self.model.num_layers))
         for name in ("key_center", "key_scale"):
             _check_channels(name, getattr(self.payload, name), self.model.elements, positive=name == "key_scale")
-        if payload_sha256(self.payload) != self.payload_sha256:
-            raise ValueError("payload_sha256 does not match the payload: the table was changed after it was written")
+        if content_sha256(self.model_dump(mode="json", by_alias=True)) != self.payload_sha256:
+            raise ValueError("payload_sha256 does not match: the table was changed after it was written")
         return self
 
     def format(self, layer: int) -> KVFormat:
@@ -138,10 +138,10 @@ class Table(_Part):
         write_atomically(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
 
 
-def payload_sha256(payload: Payload) -> str:
-    """SHA-256 of the canonical JSON (sorted keys, no spaces) of `payload`."""
-    text = json.dumps(payload.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+def content_sha256(content: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON (sorted keys, no spaces) of a table's content without its `payload_sha256`."""
+    rest = {key: value for key, value in content.items() if key != "payload_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def parse_table(content: object, where: str = "the table") -> Table:
@@ -188,8 +188,10 @@ def _layer_problem(found: list[int], expected: int) -> str:
     twice = sorted({layer for layer in found if found.count(layer) > 1})[:4]
     missing = sorted(set(range(expected)) - set(found))[:4]
     unknown = sorted(set(found) - set(range(expected)))[:4]
-    named = (("occurs twice", twice), ("missing", missing), ("unknown", unknown))
-    problems = [f"layer {layers[0]} {'is ' if what != 'occurs twice' else ''}{what}" for what, layers in named if layers]
+    named = (("occurs twice", twice), ("is missing", missing), ("is unknown", unknown))
+    problems = [
+        f"layer {layers[0]} {'is ' if what != 'occurs twice' else ''}{what}" for what, layers in named if layers
+    ]
     return f"layers must be 0 to {expected - 1} in order, but " + (", ".join(problems) or "they are out of order")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from jettison.hooks import Host, KVFormat, PluginOptions, hookimpl
 
 pytest.importorskip("vllm", reason="the vLLM room needs vLLM")
@@ -49,9 +50,7 @@ class Options(PluginOptions):
 
 
 def plugin(name: str, activate: Callable[[Options], object]) -> Any:
-    module = types.SimpleNamespace(
-        options=hookimpl(lambda: Options), activate=hookimpl(lambda options: activate(options))
-    )
+    module = types.SimpleNamespace(options=hookimpl(lambda: Options), activate=hookimpl(activate))
     return inspect_plugin(name, module)
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
+
 from jettison.hooks import JettisonError
 from jettison.hooks.vllm import compat, entry, worker
 from jettison.hooks.vllm.engine import engine_for
@@ -115,9 +116,7 @@ def test_the_worker_extension_refuses_before_the_worker_is_built(make_config: Ca
             type(self).built = True
 
     extended = type("Worker", (Worker, worker.JettisonWorker), {})
-    assert "unknown_plugin" in refusal(
-        lambda: extended(vllm_config=make_config({"unknown_plugin": {}}), rank=0)
-    )
+    assert "unknown_plugin" in refusal(lambda: extended(vllm_config=make_config({"unknown_plugin": {}}), rank=0))
     assert not extended.built
     extended(vllm_config=make_config({"kvtest": {}}), rank=0)
     assert extended.built

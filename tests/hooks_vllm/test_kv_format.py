@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from jettison.csrc.layout import PageLayout
 from jettison.hooks import AttentionLayer, JettisonError, KVFormat
 from jettison.hooks.vllm import compat, kv_format
@@ -109,7 +110,9 @@ def test_the_unspecialised_cpu_backend_is_stock() -> None:
     assert JettisonCPUBackend.get_builder_cls() is stock.get_builder_cls()
     assert JettisonCPUBackend.supported_kv_cache_layouts() == stock.supported_kv_cache_layouts()
     assert JettisonCPUBackend.get_supported_kernel_block_sizes() == stock.get_supported_kernel_block_sizes()
-    assert set(vars(JettisonCPUBackend)) - {"__module__", "__doc__", "__abstractmethods__", "_abc_impl"} == {"get_impl_cls"}
+    assert set(vars(JettisonCPUBackend)) - {"__module__", "__doc__", "__abstractmethods__", "_abc_impl"} == {
+        "get_impl_cls"
+    }
 
 
 def test_layers_that_were_never_specialised_are_refused(make_config: Any) -> None:
@@ -146,7 +149,10 @@ def test_a_changed_block_size_is_refused(make_config: Any) -> None:
 def test_metadata_is_the_step_as_it_is(make_config: Any) -> None:
     builder = PackedMetadataBuilder(spec(), [], make_config({"kvtest": {}}), torch.device("cpu"))
     common = types.SimpleNamespace(
-        num_actual_tokens=3, query_start_loc=torch.zeros(2), seq_lens=torch.zeros(1), block_table_tensor=torch.zeros(1, 1)
+        num_actual_tokens=3,
+        query_start_loc=torch.zeros(2),
+        seq_lens=torch.zeros(1),
+        block_table_tensor=torch.zeros(1, 1),
     )
     found = builder.build(0, common)
     assert (found.num_tokens, found.query_start_loc, found.seq_lens, found.block_table) == (

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from jettison.hooks import Host, JettisonError, Request, hookimpl
 from jettison.hooks.status import status
 from jettison.hooks.vllm import compat, engine
@@ -39,7 +40,7 @@ def live(table: dict[int, Any], output: list[int] | None = None) -> tuple[LivePo
 def test_a_sequence_is_forced_in_order_and_asked_for_once() -> None:
     policy, script, out = live({2: [7, 8, 9]})
     forced = []
-    for step in range(6):
+    for _ in range(6):
         forced.append(policy.next_token())
         out.append(100 if forced[-1] is None else forced[-1])
     assert forced == [None, None, 7, 8, 9, None]
@@ -71,7 +72,7 @@ def _raise() -> Any:
 @pytest.mark.parametrize(
     "answer",
     [[VOCAB], [-1], [2**80], [1.5], ["7"], [None], "7", b"7", 7, {7}, iter([7]), range(10**9), [7] * 70_000, _raise,
-     lambda: 1 / 0, lambda: [].pop(), object()],
+     lambda: 1 / 0, [].pop, object()],
     ids=repr,
 )  # fmt: skip
 def test_a_bad_answer_ends_the_policy_and_is_counted_once(answer: Any) -> None:
@@ -98,7 +99,7 @@ def test_an_empty_answer_and_none_leave_the_request_free() -> None:
 def test_a_policy_cannot_change_the_engines_list() -> None:
     out = [1, 2, 3]
     seen: list[Any] = []
-    policy = LivePolicy("test", types.SimpleNamespace(next_tokens=lambda tokens: seen.append(tokens)), out, 0, VOCAB)
+    policy = LivePolicy("test", types.SimpleNamespace(next_tokens=seen.append), out, 0, VOCAB)
     policy.next_token()
     tokens = seen[0]
     assert list(tokens) == out
@@ -131,8 +132,7 @@ def policies(make_plugin: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -
             raise RuntimeError("at admission")
         return request.params.get("policy") or (Script(request.params["table"]) if "table" in request.params else None)
 
-    chooser = hookimpl(lambda request: choose(request))
-    host = Host.of([make_plugin("poltest", lambda options: types.SimpleNamespace(request_policy=chooser))])
+    host = Host.of([make_plugin("poltest", lambda options: types.SimpleNamespace(request_policy=hookimpl(choose)))])
     monkeypatch.setattr(engine, "host", lambda: host)
     return requests
 
@@ -227,7 +227,7 @@ def test_rows_follow_their_requests_through_every_batch_change(
         added = []
         for k in arriving:
             row = holes.pop(0) if holes else len(slots)
-            slots[row:row + 1] = [k]
+            slots[row : row + 1] = [k]
             table = wanted[k]
             added.append((row, params(table=table) if table is not None else params(), [1], outputs[k]))
         moved = []
@@ -295,7 +295,11 @@ def context(slots: Sequence[int]) -> Any:
 def test_runner_v2(make_config: Callable[..., Any], policies: list[Request]) -> None:
     states = FakeStates(8)
     processor = PolicyProcessor(make_config({"poltest": {}}), states.view())
-    for slot, (prompt, extra) in {5: ([4, 5], {"table": {1: [7, 8]}}), 2: ([6], {}), 3: ([1, 2, 3], {"table": {0: [9]}})}.items():
+    for slot, (prompt, extra) in {
+        5: ([4, 5], {"table": {1: [7, 8]}}),
+        2: ([6], {}),
+        3: ([1, 2, 3], {"table": {0: [9]}}),
+    }.items():
         states.add(slot, prompt)
         assert processor.add_request(slot, params(**extra))
     processor.apply_staged_writes()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from jettison.hooks import JettisonError
 from jettison.hooks.vllm import compat, refusals
 from jettison.hooks.vllm.engine import engine_for
