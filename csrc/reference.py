@@ -248,6 +248,9 @@ def packed_attention(
         keys, values = unpack(cache, pages, layout, sixteen)
         keys = keys[:length].to(compute).repeat_interleave(group, 1)
         values = values[:length].to(compute).repeat_interleave(group, 1)
+        if window > 0:  # pages before the window may hold anything
+            hidden = max(0, length - rows.shape[0] - window + 1)
+            keys[:hidden], values[:hidden] = 0, 0
         if layout.key_bits < 16:
             if key_scale is not None:
                 rows = rows * key_scale.to(compute).repeat_interleave(group, 0)

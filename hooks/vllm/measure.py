@@ -63,21 +63,20 @@ class Engine:
         outputs = self._run(prompts, temperature=0.0, max_tokens=tokens)
         return {"texts": [output.outputs[0].text for output in outputs]}
 
-    def speed(self, prompts: list[list[int]], tokens: int) -> Answer:
-        """Seconds to prefill all `prompts` at once, and decode tokens/s over them.
-
-        The decode figure is the difference between a long and a one-token generation, both with prompts cached, so
-        the prefill and the start of a batch are not in it.
-        """
+    def prefill(self, prompts: list[list[int]]) -> Answer:
+        """Tokens/s of computing all `prompts` at once, none of them cached."""
         self._llm.reset_prefix_cache()
-        prefill = self._timed(prompts, 1)
+        return {"prefill_tokens_per_s": sum(map(len, prompts)) / self._timed(prompts, 1)}
+
+    def decode(self, prompts: list[list[int]], tokens: int) -> Answer:
+        """Decode tokens/s over `prompts`, which should be cached by now.
+
+        The figure is the difference between a long and a one-token generation, both with prompts cached, so neither
+        the prefill nor the start of a batch is in it.
+        """
         short, long = self._timed(prompts, 1), self._timed(prompts, 1 + tokens)
-        total = sum(map(len, prompts))
-        return {
-            "prefill_tokens_per_s": total / prefill,
-            "decode_tokens_per_s": len(prompts) * tokens / max(long - short, 1e-9),
-            "decode_step_s": (long - short) / tokens,
-        }
+        seconds = max(long - short, 1e-9)
+        return {"decode_tokens_per_s": len(prompts) * tokens / seconds, "decode_step_s": seconds / tokens}
 
     def _timed(self, prompts: list[list[int]], tokens: int) -> float:
         started = time.perf_counter()

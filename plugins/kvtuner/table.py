@@ -189,9 +189,7 @@ def _layer_problem(found: list[int], expected: int) -> str:
     missing = sorted(set(range(expected)) - set(found))[:4]
     unknown = sorted(set(found) - set(range(expected)))[:4]
     named = (("occurs twice", twice), ("is missing", missing), ("is unknown", unknown))
-    problems = [
-        f"layer {layers[0]} {'is ' if what != 'occurs twice' else ''}{what}" for what, layers in named if layers
-    ]
+    problems = [f"layer {layers[0]} {what}" for what, layers in named if layers]
     return f"layers must be 0 to {expected - 1} in order, but " + (", ".join(problems) or "they are out of order")
 
 

@@ -167,11 +167,23 @@ def test_nan_stays_in_its_sequence_and_after_its_token(batch_factory, side):
     assert torch.equal(poisoned[30:60, 3:], clean[30:60, 3:])
 
 
-def test_unwritten_slots_are_never_read(batch_factory):
-    layout = PageLayout(64, 4, 4)
-    batch = batch_factory(layout, [21], [1], block_size=64)
-    batch.storage.fill_(0xFF)  # every scale and zero a NaN
-    assert attend(stored(batch)).isfinite().all()
+@pytest.mark.parametrize("garbage", [0xFF, 0x7C])  # NaNs of fp16 and bf16, and fp16 infinities
+@pytest.mark.parametrize("window", [-1, 33, 64])
+def test_slots_outside_length_and_window_are_never_seen(batch_factory, window, garbage):
+    """Bit for bit the same with clean and with garbage pages, also where pages before the window were given away."""
+    for (key_bits, value_bits), length, rows in itertools.product(
+        ((16, 16), (8, 16), (16, 8), (8, 4), (2, 16)), (5, 37, 150, 700), (1, 20)
+    ):
+        layout = PageLayout(64, key_bits, value_bits)
+        batch = batch_factory(layout, [length], [min(rows, length)], block_size=32)
+        results = []
+        for fill in (0, garbage):
+            batch.storage.fill_(fill)
+            stored(batch)
+            first = max(0, length - min(rows, length) - window + 1) // 32 if window > 0 else 0
+            batch.cache[batch.table[0, :first].long()] = fill
+            results.append(attend(batch, window=window))
+        assert torch.equal(*results), f"{layout} length {length} rows {rows} window {window}"
 
 
 def test_empty_batch_and_sequences_without_queries(batch_factory):

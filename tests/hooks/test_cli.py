@@ -12,6 +12,7 @@ import pytest
 
 from faults.plugins import install
 from jettison.hooks.cli import BUILT_IN, main
+from jettison.hooks.compose import runnable
 from jettison.hooks.results import Results
 
 COMMAND = """
@@ -30,7 +31,8 @@ def _json(capsys):
 def test_flags_prints_a_command_for_the_shell(capsys):
     assert main(["flags", "a model", "--port", "80", "--with", "kvtuner=k8v4", "--platform", "cpu"]) == 0
     words = shlex.split(capsys.readouterr().out)
-    assert words[:5] == ["vllm", "serve", "a model", "--port", "80"]
+    program = runnable(("vllm", "serve"), "cpu")
+    assert words[: len(program) + 3] == [*program, "a model", "--port", "80"]
     assert json.loads(words[-1]) == {"jettison": {"kvtuner": {"pair": "k8v4"}}}
 
 

@@ -12,7 +12,7 @@ import pytest
 from faults import mutate
 from faults.plugins import sample_host
 from jettison.hooks import ConfigError, InputRefused, JettisonError
-from jettison.hooks.compose import MAX_ARGUMENT, POLICIES, WORKER, compose, read_back
+from jettison.hooks.compose import MAX_ARGUMENT, POLICIES, WORKER, compose, read_back, runnable
 from jettison.hooks.engine_args import EngineArgs
 
 SEED = 1
@@ -147,6 +147,28 @@ def test_flags_follow_the_hooks_and_the_platform():
     assert POLICIES in argv("forced", "cpu")
     assert POLICIES not in argv("rich", "cpu")
     assert WORKER in argv("rich", "cpu")
+
+
+def test_full_cuda_graphs_are_off_where_pages_are_packed():
+    """vLLM's default on CUDA would be refused by the backend; what the user chose stays."""
+
+    def argv(selection, *words, platform="cuda"):
+        return compose(sample_host(), [selection], ["m", *words], platform=platform).argv
+
+    mode = "--compilation-config.cudagraph_mode"
+    assert argv("rich")[argv("rich").index(mode) + 1] == "PIECEWISE"
+    for words in (("--enforce-eager",), (mode, "NONE"), ("--compilation-config", '{"cudagraph_mode": "NONE"}')):
+        assert "PIECEWISE" not in argv("rich", *words), words
+    assert mode not in argv("forced")
+    assert mode not in argv("rich", platform="cpu")
+
+
+def test_a_command_is_runnable_with_the_vllm_that_is_installed():
+    words = ("vllm", "serve", "m", "--port", "1")
+    assert runnable(words, "cuda") == words
+    command = runnable(words, "cpu")
+    assert command[-3:] == words[2:]
+    assert read_back((*command, "--additional-config", '{"a": 1}')) == {"a": 1}
 
 
 @pytest.mark.parametrize(
