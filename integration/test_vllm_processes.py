@@ -95,10 +95,11 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
+        self.model = str(model)
         command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1",
-            "--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024",
-            "--worker-extension-cls", WORKER, "--additional-config", json.dumps({"jettison": SECTION}),
+            Path(sys.executable).with_name("jettison"), "serve", self.model, "--host", "127.0.0.1", "--port",
+            str(self.port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024",
+            "--with", f"probe={json.dumps(SECTION['probe'])}",
         ]  # fmt: skip
         self.log = log
         with log.open("w") as out:
@@ -115,7 +116,7 @@ class Server:
 
     def complete(self, tokens: int) -> int:
         """Ask for `tokens` tokens; return how many came, 0 if the server went away."""
-        body = {"model": self.process.args[4], "prompt": list(PROMPTS[1]), "max_tokens": tokens, "ignore_eos": True}  # type: ignore[index]
+        body = {"model": self.model, "prompt": list(PROMPTS[1]), "max_tokens": tokens, "ignore_eos": True}
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/completions",
             json.dumps(body).encode(),

@@ -142,11 +142,11 @@ def test_serve_becomes_the_engine(tmp_path):
         "import sys; from pathlib import Path; sys.executable = sys.argv.pop(1); "
         "from jettison.hooks.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    words = ["serve", "m", "--with", "kvtuner=k8v4", "--port", "80", "--platform", "cpu"]
+    words = ["serve", "m", "--with", "kvtuner=k8v4", "--port", "80", "--platform", "cuda"]
     command = [sys.executable, "-c", program, str(folder / "python"), *words]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 7, answer.stderr
-    assert answer.stdout.startswith("8 serve m --port 80 --worker-extension-cls ")
+    assert answer.stdout.startswith("12 serve m --port 80 --attention-backend CUSTOM ")
     assert "jettison: kvtuner on" in answer.stderr
 
 
