@@ -130,7 +130,7 @@ def _fingerprint(model: Path) -> str:
 
 def _measure(build: Path, model: Path, table: Path, work: Work, note: Note) -> dict[str, dict[str, Any]]:
     flags = ["--max-model-len", "4096", "--max-num-batched-tokens", "4096", "--max-num-seqs", "16"]
-    flags += ["--kv-cache-memory-bytes", str(KV_BYTES), "--enforce-eager", "--dtype", "bfloat16"]
+    flags += ["--kv-cache-memory-bytes", str(KV_BYTES), "--enforce-eager", "--dtype", "bfloat16", "--block-size", "128"]
     scratch = Path(tempfile.mkdtemp(prefix=".demo-", dir=build))
     engines: dict[str, EngineProcess] = {}
     found: dict[str, dict[str, Any]] = {}
