@@ -3,8 +3,9 @@
     python integration/bench_kl_curve.py [--positions 1024] [--quick]
 
 The model runs in float32 in Hugging Face transformers; every token attends to stored keys and values of all layers.
-Bytes count scales, zeros and the sink area at blocks of 128 tokens. The control tables are the selected one with its
-layers shuffled, and tables chosen by the paper's e_o and by its norm ratio instead of the predicted KL.
+Writes JSON and, beside it, the curve as PNG and SVG. Bytes count scales, zeros and the sink area at blocks of 128
+tokens. The control tables are the selected one with its layers shuffled, and tables chosen by the paper's e_o and by
+its norm ratio instead of the predicted KL.
 """
 
 from __future__ import annotations
@@ -56,6 +57,37 @@ def main() -> None:
     metrics = ("capacity_ratio", "bytes_per_token_head", "mean_kl", "standard_error", "top1_agreement")
     rows = [(case, system, *(results.value(case, metric, system) for metric in metrics)) for case, system, _ in cases]
     print_table(("case", "system", *metrics), rows, title=f"{len(texts)} x {options.positions} positions")
+    _picture(results, cases, options.output)
+
+
+def _picture(results: Results, cases: Sequence[tuple[str, str, list[KVFormat]]], file: Path) -> None:
+    """Mean KL (log scale, standard errors) against bytes per token and head, as PNG and SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    series = {
+        "tables, one 16-bit sink token": ("o-", lambda case, system: case.startswith("table") and system == "jettison"),
+        "uniform pairs, same codec": ("s", lambda case, system: case.startswith("k") and system == "jettison"),
+        "uniform pairs, plain codec": ("x", lambda case, system: case.startswith("k") and system != "jettison"),
+        "3x tables: controls": (".", lambda case, system: case.startswith("table") and system != "jettison"),
+    }
+    for label, (marker, belongs) in series.items():
+        chosen = [(case, system) for case, system, _ in cases if belongs(case, system)]
+        columns = [
+            [results.value(case, metric, system) for case, system in chosen]
+            for metric in ("bytes_per_token_head", "mean_kl", "standard_error")
+        ]
+        axes.errorbar(*columns, fmt=marker, label=label, capsize=2)
+        if "pairs" in label:
+            for (case, _), x, y in zip(chosen, *columns[:2], strict=True):
+                axes.annotate(case, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.axhline(0.02, color="grey", linewidth=0.8, linestyle=":", label="limit, 0.02 nats")
+    axes.set(yscale="log", xlabel="bytes per token and KV head (bf16: 256)", ylabel="mean KL, nats")
+    axes.set_title(f"{results.command}", fontsize=8)
+    axes.legend(fontsize=8)
+    for suffix in (".png", ".svg"):
+        figure.savefig(file.with_suffix(suffix), dpi=150)
 
 
 def _cases(
