@@ -35,7 +35,7 @@ def activate(options: ProbeOptions) -> object:
     if options.kv is not None:
         members["kv_cache_format"] = hookimpl(lambda layer: _format(options, layer))
     if options.policies:
-        members["request_policy"] = hookimpl(_policy)
+        members["request_policy"] = hookimpl(lambda request: _policy(request))  # noqa: PLW0108  marks no function of the module
     return types.SimpleNamespace(**members)
 
 

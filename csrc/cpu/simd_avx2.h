@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lanes.h"
+
 namespace jettison::JETTISON_TIER {
 
 struct I {
@@ -13,7 +15,6 @@ struct I {
 struct F {
   __m256 a, b;
 };
-using Mask = uint16_t;
 
 inline I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline F fzero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -143,11 +144,6 @@ inline void load_meta(const uint8_t* p, int bytes, int column, F* scale, F* zero
   *zero = load_fp16(z);
 }
 
-inline Mask lanes(int low, int high) {
-  const uint32_t below_high = high >= 16 ? 0xffffu : high <= 0 ? 0u : (1u << high) - 1;
-  const uint32_t below_low = low >= 16 ? 0xffffu : low <= 0 ? 0u : (1u << low) - 1;
-  return (Mask)(below_high & ~below_low);
-}
 inline __m256 mask_lanes(uint32_t m) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return as_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)m), bit), bit));

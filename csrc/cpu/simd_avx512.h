@@ -4,11 +4,12 @@
 
 #include <cstdint>
 
+#include "lanes.h"
+
 namespace jettison::JETTISON_TIER {
 
 using I = __m512i;  // 16 x int32
 using F = __m512;   // 16 x float
-using Mask = __mmask16;
 
 inline I izero() { return _mm512_setzero_si512(); }
 inline F fzero() { return _mm512_setzero_ps(); }
@@ -103,12 +104,6 @@ inline void load_meta(const uint8_t* p, int bytes, int column, F* scale, F* zero
   *zero = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1));
 }
 
-// Lanes whose index i satisfies low <= i < high.
-inline Mask lanes(int low, int high) {
-  const uint32_t below_high = high >= 16 ? 0xffffu : high <= 0 ? 0u : (1u << high) - 1;
-  const uint32_t below_low = low >= 16 ? 0xffffu : low <= 0 ? 0u : (1u << low) - 1;
-  return (Mask)(below_high & ~below_low);
-}
 inline F select(Mask m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
 
 // Sixteen non-negative floats <= 32767 -> eight lanes of two int16 (tokens 2i, 2i+1), spread by `index`.

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "half.h"
+#include "lanes.h"
 
 namespace jettison::JETTISON_TIER {
 
@@ -14,7 +15,6 @@ struct I {
 struct F {
   float x[16];
 };
-using Mask = uint16_t;
 
 template <class Op>
 inline I each_i(Op op) {
@@ -114,11 +114,6 @@ inline void load_meta(const uint8_t* p, int bytes, int column, F* scale, F* zero
   }
 }
 
-inline Mask lanes(int low, int high) {
-  Mask m = 0;
-  for (int i = 0; i < 16; i++) m = (Mask)(m | ((i >= low && i < high) << i));
-  return m;
-}
 inline F select(Mask m, F yes, F no) { return each_f([&](int i) { return m >> i & 1 ? yes.x[i] : no.x[i]; }); }
 
 inline I pair_lanes(F a, const int32_t* index) {
