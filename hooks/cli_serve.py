@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,10 +46,11 @@ def flags(
     Every flag that is not listed here is vLLM's own and is passed on.
     """
     command = compose(Host.discover(strict=strict), selections, engine_args, platform=platform)
+    argv = runnable(command.argv, platform)
     if as_json:
-        print_json(_as_dict(command))
+        print_json(_as_dict(command, argv))
     else:
-        click.echo(shlex.join(runnable(command.argv, platform)))
+        click.echo(shlex.join(argv))
 
 
 @click.command(context_settings=_PASS_ON)
@@ -79,6 +80,6 @@ def _search_path() -> str:
     return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
 
 
-def _as_dict(command: Command) -> dict[str, Any]:
+def _as_dict(command: Command, argv: Sequence[str]) -> dict[str, Any]:
     file = command.config_file
-    return {"argv": list(command.argv), "active": list(command.active), "config_file": str(file) if file else None}
+    return {"argv": list(argv), "active": list(command.active), "config_file": str(file) if file else None}

@@ -115,7 +115,7 @@ class Server:
         return False
 
     def complete(self, tokens: int) -> int:
-        """Ask for `tokens` tokens; return how many came, 0 if the server went away."""
+        """Ask for tokens; return how many came, 0 if the server ended the request, -1 if it left it hanging."""
         body = {"model": self.model, "prompt": list(PROMPTS[1]), "max_tokens": tokens, "ignore_eos": True}
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/completions",
@@ -125,8 +125,8 @@ class Server:
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return int(json.load(answer)["usage"]["completion_tokens"])
-        except OSError:
-            return 0
+        except OSError as error:
+            return -1 if isinstance(getattr(error, "reason", error), TimeoutError) else 0
 
     def members(self) -> list[int]:
         """The living processes of the server's session."""
@@ -189,8 +189,8 @@ def test_servers_start_stop_and_die_cleanly(servers: Any) -> None:
                 os.kill(server.engine(), signal.SIGKILL)
             server.gone(60)
             answered = [stream.result() for stream in streams]
-        # NOTES: vLLM ends what is under way with the tokens so far; what counts is that every client gets an end.
-        assert all(0 <= tokens <= 800 for tokens in answered), f"{end}: {answered}"
+        # NOTES: vLLM ends what is under way with the tokens so far; what counts is that no client is left hanging.
+        assert -1 not in answered, f"{end}: {answered}"
         with socket.socket() as again:
             again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             again.bind(("127.0.0.1", server.port))

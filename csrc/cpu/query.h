@@ -11,7 +11,7 @@ inline void quantise_query(const Job& job, int row, const float* q) {
     most = std::max(most, std::fabs(q[d]));
     poison += q[d] - q[d];
   }
-  const float inverse = most > 0 ? kWeightMax / most : 0.f;
+  const float inverse = integers_per_unit(most);
   int32_t sum = 0;
   for (int d = 0; d < job.size; d++) {
     integers[d] = (int16_t)std::nearbyintf(q[d] * inverse);

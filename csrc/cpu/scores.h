@@ -7,6 +7,11 @@
 
 namespace jettison::JETTISON_TIER {
 
+constexpr float kWeightMax = 32767.f;  // 15-bit queries and weights
+
+// Integers per unit of a row whose largest magnitude is `most`; rows that are as good as zero become zero.
+inline float integers_per_unit(float most) { return most > 1e-30f ? kWeightMax / most : 0.f; }
+
 constexpr int kRowGroup = 4;  // query rows that share one pass over the packed bytes
 
 enum class Raw16 { kBFloat16, kFloat16 };

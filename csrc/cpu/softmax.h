@@ -5,7 +5,6 @@
 namespace jettison::JETTISON_TIER {
 
 constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kWeightMax = 32767.f;
 
 // What all rows of a chunk share.
 struct Chunk {
@@ -77,7 +76,7 @@ inline void softmax_row(const Chunk& chunk, const ValueMap& map, const RowMask& 
     state->zero_sum = state->zero_sum * *decay + hsum(zeros);
     const float most = hmax(largest);
     *unit = most / kWeightMax;
-    const F inverse = fset(most > 0 ? kWeightMax / most : 0.f);
+    const F inverse = fset(integers_per_unit(most));
     for (int t = 0; t < chunk.num_tiles; t++) {
       const F w = mul(fload(scores + 16 * t), inverse);
       for (int half = 0; half < map.halves; half++) istore((*weights)[t][half][0], pair_lanes(w, map.index[half]));

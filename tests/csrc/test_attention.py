@@ -154,6 +154,15 @@ def test_number_of_threads_does_not_matter(batch_factory):
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("magnitude", [0.0, 1e-44, 1e-36, 1e30])
+def test_queries_of_any_magnitude(batch_factory, magnitude):
+    """Queries too small for a reciprocal attend evenly, like zeros; huge ones pick the best key."""
+    batch = stored(batch_factory(PageLayout(64, 8, 4), [200], [2], dtype=torch.float32))
+    batch.query.mul_(magnitude)
+    error = relative(attend(batch), exact(batch))
+    assert error < TOLERANCE[torch.float32], f"queries of {magnitude}: relative error {error:.2e}"
+
+
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_nan_stays_in_its_sequence_and_after_its_token(batch_factory, side):
     layout = PageLayout(64, 8, 4)
