@@ -5,6 +5,7 @@ Same names and arguments as :mod:`jettison.csrc.ops`. Runs on any device; nothin
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -217,6 +218,38 @@ def unpack(
         if layout.value_bits < 16:
             values[: layout.sink_tokens] = sinks[:, 1].transpose(0, 1)
     return keys, values
+
+
+def kv_unpack(
+    cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    key_out: Tensor,
+    value_out: Tensor,
+    layout: PageLayout,
+    *,
+    rotate: bool = False,
+    key_center: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> None:
+    """See :func:`jettison.csrc.ops.kv_unpack`."""
+    sixteen = torch.float16 if key_out.dtype == torch.float16 else torch.bfloat16
+    bounds = cu_seqlens.tolist()
+    firsts = [0] * len(bounds) if starts is None else starts.tolist()
+    for i, (begin, end) in enumerate(pairwise(bounds)):
+        if begin == end:
+            continue
+        first, last = firsts[i], firsts[i] + end - begin
+        pages = block_table[i, : -(-last // cache.shape[2])].long()
+        keys, values = (x[first:last] for x in unpack(cache, pages, layout, sixteen))
+        if layout.key_bits < 16:
+            keys = hadamard(keys) if rotate else keys
+            keys = keys if key_scale is None else keys * key_scale
+            keys = keys if key_center is None else keys + key_center
+        if layout.value_bits < 16 and rotate:
+            values = hadamard(values)
+        key_out[begin:end], value_out[begin:end] = keys.to(key_out.dtype), values.to(value_out.dtype)
 
 
 def packed_attention(

@@ -130,7 +130,7 @@ void check_sequences(const char* op, const AttentionArgs& a, int64_t sequences, 
 
 void packed_attention(Tensor query, Tensor cache, Tensor output, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, double scale,
                       int64_t key_bits, int64_t value_bits, int64_t sink_tokens, bool rotate, std::optional<Tensor> key_scale, int64_t window,
-                      double softcap, std::optional<Tensor> sinks) {
+                      double softcap, std::optional<Tensor> sinks, int64_t, std::optional<Tensor>, bool) {
   const char* op = "packed_attention";
   AttentionArgs a{};
   a.query = rows(op, "query", query);
@@ -180,7 +180,10 @@ STABLE_TORCH_LIBRARY(jettison, m) {
   m.def(
       "packed_attention(Tensor query, Tensor cache, Tensor(a!) output, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, "
       "float scale, int key_bits, int value_bits, int sink_tokens, bool rotate, Tensor? key_scale, int window, float softcap, "
-      "Tensor? sinks) -> ()");
+      "Tensor? sinks, int max_query_len=0, Tensor(b!)? workspace=None, bool planned=False) -> ()");
+  m.def(
+      "kv_unpack(Tensor cache, Tensor block_table, Tensor cu_seqlens, Tensor(a!) key_out, Tensor(b!) value_out, int key_bits, "
+      "int value_bits, int sink_tokens, bool rotate, Tensor? key_center, Tensor? key_scale, Tensor? starts) -> ()");
   m.def("isa_tier() -> int");
 }
 
