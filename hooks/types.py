@@ -85,6 +85,7 @@ class AttentionLayer:
         head_size: channels per head.
         sliding_window: visible tokens including the current one, or None.
         num_layers: number of attention layers in the model.
+        config_sha256: SHA-256 of the model's `config.json`, or None where the engine does not have the file.
     """
 
     index: int
@@ -94,6 +95,7 @@ class AttentionLayer:
     head_size: int
     sliding_window: int | None
     num_layers: int
+    config_sha256: str | None = None
 
 
 @dataclass(frozen=True)

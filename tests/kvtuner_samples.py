@@ -58,6 +58,40 @@ def sealed(table: dict[str, Any]) -> dict[str, Any]:
     return {**table, "payload_sha256": content_sha256(table)}
 
 
+def searched() -> dict[str, Any]:
+    """`content` with everything that a search adds."""
+    measured = {
+        "data": "random",
+        "data_sha256": "2" * 64,
+        "positions": 100,
+        "kl": 0.02,
+        "standard_error": 0.001,
+        "top1_agreement": 0.9,
+    }
+    point = {"pairs": "2xk8v4 k4v4 k2v2", "sink_tokens": 1, "bytes_per_token": 400, "kl": 0.03}
+    table = {key: value for key, value in content().items() if key != "payload_sha256"}
+    return sealed(
+        {
+            **table,
+            "search": {
+                "sampler": "nsga2",
+                "seed": 0,
+                "trials": 64,
+                "evaluations": 60,
+                "budget_bytes": 500,
+                "groups": [[0, 2], [1], [3]],
+                "objective": measured,
+                "validation": measured,
+                "accuracy": [{"task": "lambada", "correct": 3, "items": 10, "low": 0.1, "high": 0.6}],
+                "neighbours": [point],
+                "uniform": point,
+            },
+            "canary": {"tokens": "AQAAAAIAAABwEQEA", "kl": 0.02, "standard_error": 0.001},
+            "versions": {"torch": "2.13.0"},
+        }
+    )
+
+
 def tiny_model(**changes: Any) -> Any:
     """A random Llama of 2 layers, 4 heads over 2 KV heads of size 32, float32."""
     from transformers import LlamaConfig, LlamaForCausalLM

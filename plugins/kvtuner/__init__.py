@@ -2,9 +2,11 @@
 
 Paper: "KVTuner: Sensitivity-Aware Layer-Wise Mixed-Precision KV Cache Quantization", arXiv 2502.04420 (ICML 2025).
 What is kept: an offline, static table of (key bits, value bits) per layer; per-token asymmetric codes; keys and values
-chosen apart. What differs: layers are ranked by the loss of the model's own output distribution that each pair causes
-(one backward pass, `sensitivity`), not by the relative error of the attention output, and the table is then chosen
-exactly (`select`) under a budget of real bytes instead of by an evolutionary search.
+chosen apart; pruning, grouping, and a search with NSGA-II or MOEA/D. What differs: layers are ranked by the loss of the
+model's own output distribution that each pair causes (`sensitivity`), not by the relative error of the attention
+output; an exact dynamic programme over those predictions comes first (`select`), and the search refines it on the
+measured KL with prefill error (`search`), under a budget of real bytes; finalists are ranked again on other text, and
+by task accuracy (`tune`). Every layer may be a group of its own.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,9 +26,8 @@ from jettison.plugins.kvtuner.table import (
     Payload,
     Source,
     Table,
-    content_sha256,
     encode_channels,
-    parse_table,
+    seal,
 )
 
 METHOD = "fisher-kl, dynamic programme"
@@ -129,9 +129,11 @@ def model_shape(folder: str, sensitivity: Sensitivity) -> ModelShape:
 
     layers, heads, size = sensitivity.key_center.shape
     config = Path(str(cached_file(folder, "config.json"))).read_bytes()
+    architectures = json.loads(config).get("architectures") or [None]
     name = Path(folder).resolve().name if Path(folder).is_dir() else folder
     return ModelShape(
         name=name,
+        architecture=architectures[0],
         config_sha256=hashlib.sha256(config).hexdigest(),
         num_layers=layers,
         num_kv_heads=heads,
@@ -149,16 +151,17 @@ def make_table(sensitivity: Sensitivity, shape: ModelShape, source: Source, sett
         key_center=encode_channels(sensitivity.key_center),
         key_scale=encode_channels(sensitivity.key_scale),
     )
-    content = {
-        "schema": 1,
-        "kind": "kvtuner.table",
-        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "jettison": version,
-        "model": shape.model_dump(),
-        "source": {**source.model_dump(), "predicted_kl": predicted},
-        "payload": payload.model_dump(),
-    }
-    return parse_table({**content, "payload_sha256": content_sha256(content)})
+    return seal(
+        {
+            "schema": 1,
+            "kind": "kvtuner.table",
+            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "jettison": version,
+            "model": shape,
+            "source": source.model_copy(update={"predicted_kl": predicted}),
+            "payload": payload,
+        }
+    )
 
 
 def calibrate(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from jettison.csrc.layout import PageLayout
 from jettison.hooks.console import json_option, print_json, print_table, progress
+from jettison.plugins.kvtuner.command_measure import check, drift
+from jettison.plugins.kvtuner.command_presets import COMMANDS
+from jettison.plugins.kvtuner.command_search import compare, report, search
+from jettison.plugins.kvtuner.summary import print_summary, summary
 from jettison.plugins.kvtuner.table import Table, load_table
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ SHOWN = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
 @click.group()
 def kvtuner() -> None:
     """Mixed-precision KV cache: measure a model's layers and choose their bits."""
+
+
+for command in (search, report, compare, check, drift, *COMMANDS):
+    kvtuner.add_command(command)
 
 
 @kvtuner.command()
@@ -55,12 +61,14 @@ def sensitivity(model: str, output: Path, files: tuple[Path, ...], as_json: bool
         table, measured = calibrate(model, wanted, files, progress=show)
     table.save(output)
     seconds = time.perf_counter() - started
+    if measured.warning:
+        click.echo(f"jettison: {measured.warning}", err=True)
     if as_json:
         print_json({**summary(table), "seconds": round(seconds, 1), "layers": _layers(table, measured)})
         return
     rows = [tuple(row.values()) for row in _layers(table, measured)]
     print_table(tuple(_layers(table, measured)[0]), rows, title="predicted KL in 1e-6 nats, per layer alone")
-    _print_summary(table)
+    print_summary(table)
     click.echo(f"{output} written in {seconds:.0f} s. Use it: jettison serve {model} --with kvtuner={output}")
 
 
@@ -75,33 +83,7 @@ def show(table: Path, as_json: bool) -> None:
         return
     rows = [(bits.layer, bits.key_bits, bits.value_bits) for bits in content.payload.layers]
     print_table(("layer", "key bits", "value bits"), rows, title=content.model.name)
-    _print_summary(content)
-
-
-def summary(table: Table) -> dict[str, Any]:
-    """Sizes and origin of a table, JSON-ready; bytes are per token, all layers and KV heads, at its block size."""
-    shape, pairs = table.model, table.payload.pairs
-    layouts = [PageLayout(shape.head_size, *pair, table.payload.sink_tokens) for pair in pairs]
-    packed = shape.num_kv_heads * sum(layout.bytes_per_token(table.source.block_size) for layout in layouts)
-    return {
-        "model": shape.name,
-        "pairs": dict(sorted(Counter(f"k{key}v{value}" for key, value in pairs).items())),
-        "nominal_bits": round(sum(map(sum, pairs)) / (2 * len(pairs)), 4),
-        "bytes_per_token": packed,
-        "bf16_bytes_per_token": 4 * shape.elements,
-        "capacity_ratio": round(4 * shape.elements / packed, 4),
-        "predicted_kl": table.source.predicted_kl,
-        "payload_sha256": table.payload_sha256,
-    }
-
-
-def _print_summary(table: Table) -> None:
-    facts = summary(table)
-    mix = ", ".join(f"{count} x {pair}" for pair, count in facts["pairs"].items())
-    click.echo(
-        f"{facts['model']}: {mix}; {facts['bytes_per_token']} bytes per token instead of "
-        f"{facts['bf16_bytes_per_token']} ({facts['capacity_ratio']:.2f}x), predicted KL {facts['predicted_kl']:.4f}"
-    )
+    print_summary(content)
 
 
 def _layers(table: Table, measured: Sensitivity) -> list[dict[str, Any]]:

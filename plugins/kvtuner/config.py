@@ -55,4 +55,4 @@ class KVTunerOptions(PluginOptions):
         """
         if _PAIR.fullmatch(value):
             return {"pair": value}
-        return {"table": load_table(value).model_dump(mode="json", by_alias=True)}
+        return {"table": load_table(value).content()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -11,6 +12,8 @@ from jettison.hooks.specs import hookimpl
 from jettison.hooks.types import AttentionLayer, KVFormat
 from jettison.plugins.kvtuner.config import KVTunerOptions
 from jettison.plugins.kvtuner.table import Table
+
+logger = logging.getLogger("jettison")
 
 REPORT_BLOCK = 128
 """Tokens per block that `report` assumes when it counts the sink area; an engine with another block size differs."""
@@ -33,6 +36,12 @@ class KVTuner:
         pair, table = self._options.uniform, self._options.table
         if table is not None:
             _check_shape(table, layer)
+            if not self._answered and _is_other(table, layer):
+                logger.warning(
+                    "the table of %r was measured on a model with another config.json; if its weights differ too, "
+                    "make a table for this model: jettison kvtuner search MODEL -o table.json",
+                    table.model.name,
+                )
             answer = table.format(layer.index)
         elif pair is not None:
             rotate = self._options.rotate is not False
@@ -49,6 +58,8 @@ class KVTuner:
         source: dict[str, Any] = {"source": "table" if table is not None else "pair"}
         if table is not None:
             source |= {"model": table.model.name, "payload_sha256": table.payload_sha256}
+            if any(layer.config_sha256 for layer, _ in self._answered.values()):
+                source["config_differs"] = any(_is_other(table, layer) for layer, _ in self._answered.values())
         packed = stock = 0
         pairs: Counter[str] = Counter()
         for layer, answer in self._answered.values():
@@ -59,6 +70,11 @@ class KVTuner:
         sizes = {"bytes_per_token": packed, "bf16_bytes_per_token": stock}
         ratio = {"capacity_ratio": round(stock / packed, 4)} if packed else {}
         return {**source, "layers": len(self._answered), "pairs": dict(sorted(pairs.items())), **sizes, **ratio}
+
+
+def _is_other(table: Table, layer: AttentionLayer) -> bool:
+    """Whether the engine's model has another `config.json`: a warning only, as saving a model anew changes it."""
+    return layer.config_sha256 is not None and layer.config_sha256 != table.model.config_sha256
 
 
 def _check_shape(table: Table, layer: AttentionLayer) -> None:

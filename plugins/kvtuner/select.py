@@ -1,6 +1,7 @@
 """Choose one (key bits, value bits) per layer: exactly, by dynamic programming over additive errors.
 
-The paper prunes, clusters and searches; with errors that add up over layers the optimum itself takes milliseconds.
+With errors that add up over layers the optimum itself, and the whole front, takes milliseconds. A row of the
+arguments may as well be a group of layers that share one choice.
 """
 
 from __future__ import annotations
@@ -27,6 +28,37 @@ def choose(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], bu
     Raises:
         ConfigError: even the cheapest options exceed the budget.
     """
+    best, picks, unit = _tabulate(errors, costs, budget)
+    return _walk_back(picks, [[cost // unit for cost in row] for row in costs], int(best.argmin()))
+
+
+def front(
+    errors: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int
+) -> list[tuple[int, list[int]]]:
+    """Return every Pareto-optimal solution of `choose`, as (cost, option per layer), cheapest first.
+
+    Args:
+        errors: [layers][options], finite, lower is better.
+        costs: [layers][options], whole bytes, not negative.
+        budget: bytes for all layers together; solutions above it are not returned.
+
+    Raises:
+        ConfigError: even the cheapest options exceed the budget.
+    """
+    best, picks, unit = _tabulate(errors, costs, budget)
+    steps = [[cost // unit for cost in row] for row in costs]
+    lowest, found = np.inf, []
+    for state in np.flatnonzero(np.isfinite(best)):
+        if best[state] < lowest:
+            lowest = best[state]
+            found.append((int(state) * unit, _walk_back(picks, steps, int(state))))
+    return found
+
+
+def _tabulate(
+    errors: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int
+) -> tuple[np.ndarray, list[np.ndarray], int]:
+    """Least error per cost in units of their common divisor, the option taken per layer and cost, and that unit."""
     least = sum(min(row) for row in costs)
     if least > budget:
         raise ConfigError(
@@ -46,7 +78,7 @@ def choose(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], bu
                 candidates[option, step : step + reach] = best[:reach] + row_errors[option]
         picks.append(candidates.argmin(0))
         best = candidates.min(0)
-    return _walk_back(picks, [[cost // unit for cost in row] for row in costs], int(best.argmin()))
+    return best, picks, unit
 
 
 def _walk_back(picks: Sequence[np.ndarray], steps: Sequence[Sequence[int]], state: int) -> list[int]:

@@ -1,12 +1,12 @@
-"""How much each layer loses at each (key bits, value bits): one forward and one backward pass over calibration text.
+"""How much each layer loses at each (key codec, value codec): calibration text forward, then forward and backward.
 
 With g the gradient of the log-probability of a token sampled from the model's own prediction, with respect to a layer's
 attention output, a change d of that output costs 1/2 E[(g.d)^2] nats of KL divergence to second order (the Fisher form
 of the KL); g.d is summed over the channels and heads of a token, and tokens are taken as independent. The paper's
-metric e_o (section 3.2), and its norm ratio, are computed beside it. No error is propagated between layers: each sees
-exact inputs.
+metrics (section 3.2), and the norm ratio of the outputs, are computed beside it (`metrics`). No error is propagated
+between layers: each sees exact inputs.
 
-Codec statistics come from the same pass, per KV head and channel: the centre is the mean key, the equalisation is
+Codec statistics come from the forward pass, per KV head and channel: the centre is the mean key, the equalisation is
 (std(key) / rms(query))^0.5. With the rotation, quantisation noise is spread evenly over the equalised channels, so
 the score error is sum(q^2 s^2) * sum((k - c)^2 / s^2), which that choice of s minimises. (Weighting tokens by their
 share of the predicted KL gained another 3 to 8 % on SmolLM2's 4-bit keys for half a minute more; not worth it.)
@@ -14,15 +14,21 @@ share of the predicted KL gained another 3 to 8 % on SmolLM2's 4-bit keys for ha
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jettison.plugins.kvtuner.capture import causal_attention, intercept
-from jettison.plugins.kvtuner.codec import store_keys, store_values
+from jettison.hooks.errors import InputRefused
+from jettison.hooks.files import write_atomically
+from jettison.plugins.kvtuner.codec_kinds import Native, PerToken
+from jettison.plugins.kvtuner.codecs import Codec
+from jettison.plugins.kvtuner.metrics import Disagreement, LayerErrors, LayerMeter, disagreements, warning
+from jettison.plugins.kvtuner.stream import LayerShape, Seen, backward, forward, layer_shapes
 from jettison.plugins.kvtuner.table import Pair
 
 BITS = (16, 8, 4, 2)
@@ -31,19 +37,23 @@ Progress = Callable[[str, int, int], None]
 """(what, done, total)."""
 
 SINKS = 4
-"""First tokens of each text that the key statistics leave out."""
+"""First tokens of each text that the key statistics leave out: attention sinks have keys unlike all others."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Measured on `tokens` tokens; the columns of the three tables are `PAIRS`.
+    """Measured on `tokens` tokens. With I key and J value codecs, column i * J + j is pair (i, j): `PAIRS` by default.
 
     Attributes:
-        kl: predicted mean KL divergence in nats per token when this layer alone is stored so, [L, 16].
-        output_error: the paper's e_o, mean |o - o'| / |o|, [L, 16].
-        output_norm_ratio: ||o - o'|| / ||o||, [L, 16].
+        kl: predicted mean KL divergence in nats per token when this layer alone is stored so, [L, I * J].
+        output_error: the paper's e_o, mean |o - o'| / |o|, [L, I * J].
+        output_norm_ratio: ||o - o'|| / ||o||, mean over query heads, [L, I * J].
         key_center, key_scale: float32 [L, Hkv, D], rounded to what float16 holds.
         tokens: calibration tokens.
+        key_error, attention_error: e_k and e_a, [L, I].
+        value_error: e_v, [L, J].
+        windows: visible tokens of each layer, -1 for all.
+        keys, values: names of the codecs.
     """
 
     kl: Tensor
@@ -52,19 +62,77 @@ class Sensitivity:
     key_center: Tensor
     key_scale: Tensor
     tokens: int
+    key_error: Tensor
+    attention_error: Tensor
+    value_error: Tensor
+    windows: tuple[int, ...]
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+
+    @property
+    def options(self) -> list[str]:
+        """Names of the columns, e.g. `int8-hadamard/int4-hadamard`."""
+        return [f"{key}/{value}" for key in self.keys for value in self.values]
+
+    def disagreements(self) -> list[Disagreement]:
+        """Where the paper's e_o ranks the layers unlike the norm ratio."""
+        return disagreements(self.output_error, self.output_norm_ratio, self.options)
+
+    @property
+    def warning(self) -> str | None:
+        """One sentence about `disagreements`, None if there are none."""
+        return warning(self.disagreements())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as safetensors, atomically."""
+        from safetensors.torch import save
+
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        rest = {name: value for name, value in tensors.items() if not isinstance(value, Tensor)}
+        content = {name: value.contiguous() for name, value in tensors.items() if isinstance(value, Tensor)}
+        write_atomically(path, save(content, {"kvtuner.sensitivity": json.dumps({"schema": 1, **rest})}))
 
 
-@dataclass(frozen=True)
-class Captured:
-    """One text through one layer: query, output and gradient [1, Hq, T, D], key and value [1, Hkv, T, D]."""
+def load_sensitivity(path: str | os.PathLike[str]) -> Sensitivity:
+    """Read what `Sensitivity.save` wrote.
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-    gradient: Tensor
-    scale: float
-    window: int
+    Raises:
+        InputRefused: unreadable, or not of this schema.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            rest = json.loads((file.metadata() or {})["kvtuner.sensitivity"])
+            if rest.pop("schema") != 1:
+                raise ValueError("another schema")
+            parts: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            parts |= {name: tuple(rest.pop(name)) for name in ("windows", "keys", "values")}
+            found = Sensitivity(**rest, **parts)
+            _check_shapes(found)
+            return found
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputRefused(
+            f"{os.fspath(path)} holds no sensitivities ({type(error).__name__}: {error})", do="measure them again"
+        ) from error
+
+
+def _check_shapes(found: Sensitivity) -> None:
+    layers, options = len(found.windows), len(found.options)
+    expected = {
+        "kl": (layers, options),
+        "output_error": (layers, options),
+        "output_norm_ratio": (layers, options),
+        "key_error": (layers, len(found.keys)),
+        "attention_error": (layers, len(found.keys)),
+        "value_error": (layers, len(found.values)),
+        "key_center": (layers, *found.key_center.shape[1:]),
+        "key_scale": tuple(found.key_center.shape),
+    }
+    for name, shape in expected.items():
+        tensor = getattr(found, name)
+        if tuple(tensor.shape) != shape or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} is not finite {list(shape)}")
 
 
 def measure(
@@ -74,125 +142,116 @@ def measure(
     sink_tokens: int = 1,
     rotate: bool = True,
     seed: int = 0,
+    keys: Sequence[Codec] | None = None,
+    values: Sequence[Codec] | None = None,
+    gradients: bool = True,
     progress: Progress = lambda _what, _done, _total: None,
 ) -> Sensitivity:
     """Measure `model`, a Hugging Face causal LM in float32, on `texts`, each a 1-D tensor of token ids.
 
-    Keeps queries, keys, values, outputs and gradients of all layers: (3 Hq + 2 Hkv) * D * 4 bytes per token and layer.
+    Args:
+        model: full or sliding-window attention with keys and values of one shape in all layers.
+        texts: at least one, each of more than `SINKS` tokens.
+        sink_tokens: first tokens of a text kept at 16 bits.
+        rotate: of the default codecs.
+        seed: of the sampled tokens.
+        keys, values: codecs to try; default: 16, 8, 4 and 2 bits per token, in the order of `BITS`.
+        gradients: predict the KL; without, half the time and only the paper's metrics.
+        progress: called with (what, done, total).
+
+    Memory beside the weights: one decoder layer's activations, and hidden states of all layers, of one text.
+
+    Raises:
+        InputRefused: a model that cannot be measured, or no text.
     """
-    generator = torch.Generator().manual_seed(seed)
-    captured: list[list[Captured]] = []
+    if not texts or min(len(ids) for ids in texts) <= SINKS:
+        raise InputRefused(f"{len(texts)} texts", allowed=f"at least one is needed, each of more than {SINKS} tokens")
+    shapes = layer_shapes(model)
+    default: tuple[Codec, ...] = (Native(), *(PerToken(bits, rotate) for bits in BITS[1:]))
+    keys, values = keys or default, values or default
+    statistics = [KeyStatistics() for _ in shapes]
     for number, ids in enumerate(texts):
-        progress("forward and backward", number, len(texts))
-        captured.append(capture(model, ids, generator))
-    layers = [[text[layer] for text in captured] for layer in range(len(captured[0]))]
-    rows, centers, scales = [], [], []
-    for number, layer in enumerate(layers):
-        progress("pairs per layer", number, len(layers))
-        center, scale = key_statistics(layer)
-        rows.append(layer_errors(layer, center, scale, rotate=rotate, sink_tokens=sink_tokens))
-        centers.append(center)
-        scales.append(scale)
-    kl, error, ratio = torch.stack(rows).unbind(1)
-    return Sensitivity(kl, error, ratio, torch.stack(centers), torch.stack(scales), sum(len(ids) for ids in texts))
+        progress("key statistics", number, len(texts))
+        forward(model, ids, lambda layer, seen: statistics[layer].add(seen))
+    channels = [own.result() for own in statistics]
+    meters = [LayerMeter(keys, values, center, scale, sink_tokens) for center, scale in channels]
+    _run(model, texts, meters, torch.Generator().manual_seed(seed), gradients=gradients, progress=progress)
+    return _collect([meter.result() for meter in meters], channels, shapes, texts, keys, values)
 
 
-def capture(model: Any, ids: Tensor, generator: torch.Generator) -> list[Captured]:
-    """Run one text forward and backward and return what every layer's attention saw, in layer order."""
-    seen: dict[int, tuple[Tensor, Tensor, Tensor, Tensor, float, int]] = {}
+def _run(
+    model: Any,
+    texts: Sequence[Tensor],
+    meters: Sequence[LayerMeter],
+    generator: torch.Generator,
+    *,
+    gradients: bool,
+    progress: Progress,
+) -> None:
+    done, total = 0, len(texts) * len(meters)
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
-        output = causal_attention(query, key, value, scale, window)
-        output.retain_grad()
-        seen[layer] = (query.detach(), key.detach(), value.detach(), output, scale, window)
-        return output
+    def visit(layer: int, seen: Seen) -> None:
+        nonlocal done
+        meters[layer].add(seen)
+        done += 1
+        progress("pairs per layer", done, total)
 
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        embedded = model.get_input_embeddings()(ids[None].to(model.device)).requires_grad_()
-        with torch.enable_grad(), intercept(model, attend):
-            logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
-            chances = torch.log_softmax(logits.float(), -1)
-            sampled = _sample(chances.detach(), generator)
-            chances.gather(1, sampled).sum().backward()
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-    return [
-        Captured(q, k, v, output.detach(), _gradient(output), scale, window)
-        for _, (q, k, v, output, scale, window) in sorted(seen.items())
-    ]
+    for ids in texts:
+        if gradients:
+            backward(model, ids, generator, visit)
+        else:
+            forward(model, ids, visit)
 
 
-def key_statistics(layer: Sequence[Captured]) -> tuple[Tensor, Tensor]:
-    """Centre and equalisation of one layer's keys, each [Hkv, D], equalisation of mean 1, both float16 values.
+def _collect(
+    errors: Sequence[LayerErrors],
+    channels: Sequence[tuple[Tensor, Tensor]],
+    shapes: Sequence[LayerShape],
+    texts: Sequence[Tensor],
+    keys: Sequence[Codec],
+    values: Sequence[Codec],
+) -> Sensitivity:
+    centers, scales = zip(*channels, strict=True)
+    return Sensitivity(
+        kl=torch.stack([own.kl.flatten() for own in errors]),
+        output_error=torch.stack([own.output.flatten() for own in errors]),
+        output_norm_ratio=torch.stack([own.norm_ratio.flatten() for own in errors]),
+        key_center=torch.stack(centers).cpu(),
+        key_scale=torch.stack(scales).cpu(),
+        tokens=sum(len(ids) for ids in texts),
+        key_error=torch.stack([own.key for own in errors]),
+        attention_error=torch.stack([own.attention for own in errors]),
+        value_error=torch.stack([own.value for own in errors]),
+        windows=tuple(shape.window for shape in shapes),
+        keys=tuple(codec.name for codec in keys),
+        values=tuple(codec.name for codec in values),
+    )
 
-    The first tokens of each text are left out: attention sinks have keys unlike all others.
-    """
-    key = torch.cat([text.key[0, :, SINKS:] for text in layer], 1).float()
-    query = torch.cat([text.query[0] for text in layer], 1).float()
-    demand = query.unflatten(0, (key.shape[0], -1)).square().mean((1, 2)).sqrt()
-    scale = (_floored(key.std(1)) / _floored(demand)).sqrt()
-    return key.mean(1).half().float(), (scale / scale.mean(-1, keepdim=True)).half().float()
+
+class KeyStatistics:
+    """Centre and equalisation of one layer's keys, summed text by text in float64."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+
+    def add(self, seen: Seen) -> None:
+        """Add one text, without its first `SINKS` keys."""
+        key = seen.key[0, :, SINKS:].double()
+        query = seen.query[0].double().unflatten(0, (key.shape[0], -1))
+        counts = torch.tensor([key.shape[1], query.shape[1] * query.shape[2]], dtype=torch.float64, device=key.device)
+        sums = [key.sum(1), key.square().sum(1), query.square().sum((1, 2)), counts]
+        self._sums = [old + new for old, new in zip(self._sums, sums, strict=True)] if self._sums else sums
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Return centre and equalisation, each [Hkv, D], equalisation of mean 1, both float16 values in float32."""
+        total, squares, queries, counts = self._sums
+        keys, rows = counts.tolist()
+        center = total / keys
+        spread = ((squares - keys * center.square()) / max(keys - 1, 1)).clamp_min(0).sqrt()
+        scale = (_floored(spread) / _floored((queries / rows).sqrt())).sqrt()
+        return center.half().float(), (scale / scale.mean(-1, keepdim=True)).half().float()
 
 
 def _floored(x: Tensor) -> Tensor:
     """`x` with a floor of 1e-3 of its mean over channels: a dead channel must give neither zero nor infinity."""
     return x.clamp_min(1e-3 * x.mean(-1, keepdim=True)).clamp_min(1e-12)
-
-
-def layer_errors(layer: Sequence[Captured], center: Tensor, scale: Tensor, *, rotate: bool, sink_tokens: int) -> Tensor:
-    """Predicted KL, e_o and norm ratio of one layer, [3, 16] over `PAIRS`.
-
-    The change of the output is that of the keys plus that of the values, the product of both being neglected, so each
-    bit width is attended to once: 6 passes for 16 pairs.
-    """
-    sums = torch.zeros(4, len(PAIRS), dtype=torch.float64)
-    elements = 0
-    for text in layer:
-        changes = _changes(text, center, scale, rotate=rotate, sink_tokens=sink_tokens)
-        output = text.output.float()
-        for column, (key_bits, value_bits) in enumerate(PAIRS):
-            change = changes["key", key_bits] + changes["value", value_bits]
-            sums[0, column] += 0.5 * (text.gradient.float() * change).sum((0, 1, 3)).pow(2).sum().item()
-            sums[1, column] += output_error(output, change).sum().item()
-            sums[2, column] += change.pow(2).sum().item()
-        sums[3] += output.pow(2).sum().item()
-        elements += output.numel()
-    tokens = sum(text.query.shape[2] for text in layer)
-    return torch.stack((sums[0] / tokens, sums[1] / elements, (sums[2] / sums[3]).sqrt()))
-
-
-def output_error(output: Tensor, change: Tensor) -> Tensor:
-    """The paper's elementwise relative error |change| / |output|, guarded at 1e-8; e_o is its mean."""
-    return change.abs() / output.abs().clamp_min(1e-8)
-
-
-def _changes(
-    text: Captured, center: Tensor, scale: Tensor, *, rotate: bool, sink_tokens: int
-) -> dict[tuple[str, int], Tensor]:
-    exact = text.output.float()
-    zero = torch.zeros_like(exact)
-    changes = {("key", 16): zero, ("value", 16): zero}
-    query, key, value = text.query.float(), text.key.float(), text.value.float()
-    for bits in BITS[1:]:
-        stored = store_keys(key, bits, rotate=rotate, sink_tokens=sink_tokens, center=center, scale=scale)
-        changes["key", bits] = causal_attention(query, stored, value, text.scale, text.window) - exact
-        stored = store_values(value, bits, rotate=rotate, sink_tokens=sink_tokens)
-        changes["value", bits] = causal_attention(query, key, stored, text.scale, text.window) - exact
-    return changes
-
-
-def _sample(chances: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per position, [T, 1], from log-probabilities [T, vocabulary]."""
-    total = chances.exp().cumsum(-1)
-    at = torch.rand(len(chances), 1, generator=generator).to(chances.device) * total[:, -1:]
-    return torch.searchsorted(total, at).clamp_max(chances.shape[-1] - 1)
-
-
-def _gradient(output: Tensor) -> Tensor:
-    if output.grad is None:
-        raise AssertionError("every attention output is part of the graph")
-    return output.grad

@@ -1,6 +1,7 @@
 """The artefact `kvtuner.table`, schema 1: key and value bits of every layer, and the static key codec.
 
-A table is JSON. `payload_sha256` covers everything else in it, so a changed value is refused, not served.
+A table is JSON. `payload_sha256` covers everything else in it, so a changed value is refused, not served. Fields at
+their default are left out of the file and of the hash: a table stays valid when a later version adds a field.
 """
 
 from __future__ import annotations
@@ -14,29 +15,27 @@ import os
 import struct
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from jettison.csrc.layout import PageLayout
 from jettison.hooks.errors import ConfigError, InputRefused
 from jettison.hooks.files import read_document, write_atomically
 from jettison.hooks.types import KVFormat
+from jettison.plugins.kvtuner import artefact
+from jettison.plugins.kvtuner.artefact import SHA256, Bits, Canary, Name, Part, Search, Sizes
 
-Bits = Literal[16, 8, 4, 2]
-Pair = tuple[int, int]
-"""(key bits, value bits)."""
-
-SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(min_length=1, max_length=256)]
+Pair = artefact.Pair
 _MAX_ELEMENTS = 1 << 24
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class ModelShape(Part):
+    """The model that a table was measured on; counts are the whole model's, before tensor parallelism.
 
-
-class ModelShape(_Part):
-    """The model that a table was measured on; counts are the whole model's, before tensor parallelism."""
+    `config_sha256` is that of its `config.json`, `architecture` the name of its class in transformers.
+    """
 
     name: Name
+    architecture: Name | None = None
     config_sha256: SHA256
     num_layers: Annotated[int, Field(ge=1, le=1024)]
     num_kv_heads: Annotated[int, Field(ge=1, le=1024)]
@@ -48,7 +47,7 @@ class ModelShape(_Part):
         return self.num_layers * self.num_kv_heads * self.head_size
 
 
-class LayerBits(_Part):
+class LayerBits(Part):
     """Bits of one layer."""
 
     layer: Annotated[int, Field(ge=0)]
@@ -56,7 +55,7 @@ class LayerBits(_Part):
     value_bits: Bits
 
 
-class Payload(_Part):
+class Payload(Part):
     """What is in force at run time.
 
     Attributes:
@@ -64,6 +63,9 @@ class Payload(_Part):
         rotate: rotate keys and values by a Hadamard matrix before quantising.
         sink_tokens: first tokens of a sequence that are kept at 16 bits.
         key_center, key_scale: base64 of little-endian float16 [num_layers, num_kv_heads, head_size], or None.
+        codec: `token-head`: one scale and zero per token and KV head on both sides, what engines serve; `kivi`: keys
+            per channel in groups of tokens, values per token (paper, section 2.1), for the Hugging Face cache only.
+        group_size, residual: of `kivi`: tokens per group, and the newest tokens that keep 16 bits.
     """
 
     layers: Annotated[list[LayerBits], Field(min_length=1)]
@@ -71,6 +73,21 @@ class Payload(_Part):
     sink_tokens: Annotated[int, Field(ge=0, le=16)]
     key_center: str | None
     key_scale: str | None
+    codec: Literal["token-head", "kivi"] = "token-head"
+    group_size: Annotated[int, Field(ge=1, le=1024)] | None = None
+    residual: Annotated[int, Field(ge=0, le=65536)] | None = None
+
+    @model_validator(mode="after")
+    def _one_codec(self) -> Payload:
+        plain = not self.rotate and not self.sink_tokens and self.key_center is None and self.key_scale is None
+        sized = self.group_size is not None and self.residual is not None
+        if self.codec == "kivi" and not (plain and sized):
+            raise ValueError(
+                "codec kivi has group_size and residual, and no rotation, sink tokens, key_center or key_scale"
+            )
+        if self.codec != "kivi" and (self.group_size, self.residual) != (None, None):
+            raise ValueError(f"codec {self.codec} has neither group_size nor residual")
+        return self
 
     @property
     def pairs(self) -> list[Pair]:
@@ -78,7 +95,7 @@ class Payload(_Part):
         return [(entry.key_bits, entry.value_bits) for entry in self.layers]
 
 
-class Source(_Part):
+class Source(Part):
     """How the table was made. Free of paths and of text from the calibration data."""
 
     method: Name
@@ -91,7 +108,7 @@ class Source(_Part):
     predicted_kl: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Table(_Part):
+class Table(Part):
     """The whole artefact. Construction refuses whatever `payload_sha256` or the model's shape contradicts."""
 
     schema_: Annotated[Literal[1], Field(alias="schema")]
@@ -101,6 +118,10 @@ class Table(_Part):
     model: ModelShape
     source: Source
     payload: Payload
+    sizes: Sizes | None = None
+    search: Search | None = None
+    canary: Canary | None = None
+    versions: dict[Name, Name] = Field(default_factory=dict)
     payload_sha256: SHA256
 
     @model_validator(mode="after")
@@ -110,12 +131,44 @@ class Table(_Part):
             raise ValueError(_layer_problem(found, self.model.num_layers))
         for name in ("key_center", "key_scale"):
             _check_channels(name, getattr(self.payload, name), self.model.elements, positive=name == "key_scale")
-        if content_sha256(self.model_dump(mode="json", by_alias=True)) != self.payload_sha256:
+        if content_sha256(self.content()) != self.payload_sha256:
             raise ValueError("payload_sha256 does not match: the table was changed after it was written")
+        if self.sizes is not None and self.sizes != self.measure_sizes():
+            raise ValueError(f"sizes contradict the layers: they are {self.measure_sizes()!r}")
         return self
 
+    def content(self) -> dict[str, Any]:
+        """Return the table as JSON-ready data, fields at their default left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+
+    def measure_sizes(self) -> Sizes:
+        """Nominal and real size of the cache, at the block size of `source` (`kivi`: residual not counted)."""
+        payload, shape = self.payload, self.model
+        if payload.codec == "kivi":
+            meta = [4 * shape.head_size / (payload.group_size or 1) * (k < 16) + 4 * (v < 16) for k, v in payload.pairs]
+            codes = [shape.head_size * (k + v) / 8 for k, v in payload.pairs]
+            packed = math.ceil(shape.num_kv_heads * sum((*meta, *codes)))
+        else:
+            layouts = [PageLayout(shape.head_size, *pair, payload.sink_tokens) for pair in payload.pairs]
+            packed = shape.num_kv_heads * sum(layout.bytes_per_token(self.source.block_size) for layout in layouts)
+        return Sizes(
+            nominal_bits=round(sum(map(sum, payload.pairs)) / (2 * len(payload.pairs)), 6),
+            real_bits=round(packed * 4 / shape.elements, 6),
+            bytes_per_token=packed,
+        )
+
     def format(self, layer: int) -> KVFormat:
-        """Return the format of layer `layer`, 0 to num_layers - 1."""
+        """Return the format of layer `layer`, 0 to num_layers - 1.
+
+        Raises:
+            ConfigError: the codec is one that packed pages do not hold.
+        """
+        if self.payload.codec != "token-head":
+            raise ConfigError(
+                f"layer {layer} of the table of {self.model.name!r} has the codec {self.payload.codec}",
+                allowed="packed pages hold token-head",
+                do="use the Hugging Face cache for this table",
+            )
         bits = self.payload.layers[layer]
         return KVFormat(
             bits.key_bits,
@@ -135,13 +188,31 @@ class Table(_Part):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, atomically."""
-        write_atomically(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
+        write_atomically(path, json.dumps(self.content(), indent=1) + "\n")
 
 
 def content_sha256(content: dict[str, Any]) -> str:
     """SHA-256 of the canonical JSON (sorted keys, no spaces) of a table's content without its `payload_sha256`."""
     rest = {key: value for key, value in content.items() if key != "payload_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def seal(content: dict[str, Any]) -> Table:
+    """Validate `content`, a table without `payload_sha256`, and give it the hash that belongs to it.
+
+    Parts may be given as models or as JSON-like data; `sizes` are added.
+
+    Raises:
+        InputRefused: as `parse_table`.
+    """
+    parts = {
+        name: part.model_dump(mode="json", by_alias=True, exclude_defaults=True) if isinstance(part, Part) else part
+        for name, part in content.items()
+        if part is not None
+    }
+    draft = parse_table({**parts, "payload_sha256": content_sha256(parts)})
+    parts["sizes"] = draft.measure_sizes().model_dump(mode="json")
+    return parse_table({**parts, "payload_sha256": content_sha256(parts)})
 
 
 def parse_table(content: object, where: str = "the table") -> Table:

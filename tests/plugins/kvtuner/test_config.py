@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from jettison.hooks import AttentionLayer, ConfigError, InputRefused
@@ -86,3 +88,12 @@ def test_flags_become_sections(tmp_path):
 def test_bad_flags_are_refused(value):
     with pytest.raises(InputRefused):
         KVTunerOptions.from_flag(value)
+
+
+@pytest.mark.parametrize(("config", "differs"), [(None, None), ("0" * 64, False), ("1" * 64, True)])
+def test_another_config_is_warned_of_once_and_reported(caplog, config, differs):
+    engine = kvtuner.activate(options=options({"table": content()}))
+    for n in range(LAYERS):
+        engine.kv_cache_format(layer=replace(layer(n), config_sha256=config))
+    assert sum("another config.json" in message for message in caplog.messages) == bool(differs)
+    assert engine.report().get("config_differs") == differs

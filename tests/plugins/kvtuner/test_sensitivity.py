@@ -1,12 +1,15 @@
+from dataclasses import fields, replace
+
 import pytest
 import torch
 
 from jettison.hooks import InputRefused, KVFormat
-from jettison.plugins.kvtuner import quality, sensitivity
+from jettison.plugins.kvtuner import codecs, quality, sensitivity, stream
 from jettison.plugins.kvtuner.calibration import MIN_TOKENS, Settings, choose_pairs, costs, file_texts
 from jettison.plugins.kvtuner.capture import NAME, intercept
-from jettison.plugins.kvtuner.sensitivity import PAIRS, Captured, layer_errors, measure, output_error
+from jettison.plugins.kvtuner.sensitivity import PAIRS, load_sensitivity, measure
 from jettison.plugins.kvtuner.table import ModelShape
+from kvtuner_families import FAMILIES, tiny
 from kvtuner_samples import SIZE, tiny_model
 
 SHAPE = ModelShape(name="tiny", config_sha256="0" * 64, num_layers=2, num_kv_heads=2, head_size=SIZE)
@@ -49,32 +52,6 @@ def test_the_model_is_restored_after_an_error():
         model(texts()[0][None])
     assert model.config._attn_implementation == before
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_metrics_by_hand():
-    """One head, two tokens, uniform attention: the outputs and all three metrics can be written down."""
-    one = torch.zeros(1, 1, 2, SIZE)
-    value = one.clone()
-    value[0, 0, :, 0] = torch.tensor([2.0, 4.0])  # 16-bit exact, and 8 levels apart from 0 at any width: no error
-    value[0, 0, 1, 1] = 1.0  # at 2 bits a step is 4/3: 1 is stored as 4/3
-    output = one.clone()
-    output[0, 0, 0, 0], output[0, 0, 1, 0], output[0, 0, 1, 1] = 2.0, 3.0, 0.5
-    gradient = one.clone()
-    gradient[0, 0, 1, 1] = 6.0
-    text = Captured(one, one, value, output, gradient, 1.0, -1)
-    found = layer_errors([text], torch.zeros(1, SIZE), torch.ones(1, SIZE), rotate=False, sink_tokens=0)
-    step = float(torch.tensor(4 / 3).half())
-    change = (step - 1) / 2
-    column = PAIRS.index((16, 2))
-    assert found[0, column].item() == pytest.approx(0.5 * (6 * change) ** 2 / 2, rel=2e-2)
-    assert found[1, column].item() == pytest.approx(change / 0.5 / (2 * SIZE), rel=2e-2)
-    assert found[2, column].item() == pytest.approx(change / (4 + 9 + 0.25) ** 0.5, rel=2e-2)
-    assert found[:, PAIRS.index((16, 16))].abs().max() == 0
-
-
-def test_relative_error_is_guarded():
-    assert output_error(torch.zeros(3), torch.zeros(3)).sum() == 0
-    assert output_error(torch.tensor([2.0, -4.0]), torch.tensor([1.0, 1.0])).tolist() == [0.5, 0.25]
 
 
 def test_the_prediction_is_the_kl_that_one_layer_costs():
@@ -155,3 +132,91 @@ def test_short_texts_are_refused(tmp_path):
     file.write_text("1 " * (MIN_TOKENS - 1))
     with pytest.raises(InputRefused, match="has 63 tokens; at least 64"):
         file_texts(tokenizer, [file], 128)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_measured(family):
+    """Finite, exact at 16 bits, and better with more bits (relative errors need not be: elements near zero)."""
+    measured = measure(tiny(family), texts(1, 150), sink_tokens=0)
+    assert measured.windows == tuple(FAMILIES[family][2])
+    for name in ("kl", "output_error", "output_norm_ratio"):
+        table = getattr(measured, name)
+        assert torch.isfinite(table).all(), (family, name)
+        assert (table[:, PAIRS.index((16, 16))] == 0).all(), (family, name)
+        for more, fewer in (((8, 8), (4, 4)), ((4, 4), (2, 2))) if name != "output_error" else ():
+            assert (table[:, PAIRS.index(more)] < table[:, PAIRS.index(fewer)]).all(), (family, name, more, fewer)
+    for name in ("key_error", "attention_error", "value_error"):
+        errors = getattr(measured, name)
+        assert (errors[:, 0] == 0).all(), (family, name)
+        assert (errors[:, 1:] > 0).all(), (family, name)
+    assert (measured.attention_error.diff(dim=1) > 0).all(), family
+
+
+def test_without_gradients_the_other_metrics_are_the_same():
+    full, quick = (measure(tiny_model(), texts(1), gradients=flag) for flag in (True, False))
+    assert (quick.kl == 0).all()
+    for name in ("output_error", "output_norm_ratio", "key_error", "value_error", "attention_error", "key_center"):
+        torch.testing.assert_close(getattr(quick, name), getattr(full, name), rtol=1e-4, atol=1e-7)
+
+
+def test_statistics_of_the_keys_by_hand():
+    """Mean of the keys and (std / rms of queries)^0.5 of mean 1, over two texts, without their first four tokens."""
+    model, data, keys, queries = tiny_model(), texts(2, 90), [], []
+
+    def keep(layer, seen):
+        if layer == 1:
+            keys.append(seen.key[0, :, 4:])
+            queries.append(seen.query[0].unflatten(0, (2, 2)))
+
+    for ids in data:
+        stream.forward(model, ids, keep)
+    measured = measure(model, data, gradients=False)
+    key, query = torch.cat(keys, 1).double(), torch.cat(queries, 2).double()
+    torch.testing.assert_close(measured.key_center[1].double(), key.mean(1), rtol=1e-3, atol=1e-3)
+    scale = (key.std(1) / query.square().mean((1, 2)).sqrt()).sqrt()
+    torch.testing.assert_close(measured.key_scale[1].double(), scale / scale.mean(-1, keepdim=True), rtol=2e-3, atol=0)
+
+
+def test_other_codecs_are_measured_like_ours():
+    """KIVI and fp8 beside int4: columns are named and in the order of the product."""
+    keys, values = [codecs.get("kivi4"), codecs.get("int4")], [codecs.get("16"), codecs.get("fp8")]
+    measured = measure(tiny_model(), texts(1), keys=keys, values=values, gradients=False)
+    assert measured.options == ["kivi4/16", "kivi4/fp8", "int4/16", "int4/fp8"]
+    assert measured.kl.shape == (2, 4)
+    alone = measure(tiny_model(), texts(1), keys=keys[1:], values=values[1:], gradients=False)
+    torch.testing.assert_close(alone.output_error[:, 0], measured.output_error[:, 3], rtol=1e-4, atol=0)
+
+
+def test_a_measurement_is_kept_on_disk(tmp_path):
+    measured = measure(tiny_model(), texts(1))
+    measured.save(tmp_path / "a.safetensors")
+    back = load_sensitivity(tmp_path / "a.safetensors")
+    for field in fields(measured):
+        before, after = getattr(measured, field.name), getattr(back, field.name)
+        same = torch.equal(before, after) if isinstance(before, torch.Tensor) else before == after
+        assert same, field.name
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda file: file.unlink(), "No such file"),
+        (lambda file: file.write_bytes(b"not safetensors"), "holds no sensitivities"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), "holds no sensitivities"),
+        (lambda file: file.write_bytes(file.read_bytes().replace(b'schema\\": 1', b'schema\\": 2')), "another schema"),
+        (lambda file: file.write_bytes(file.read_bytes().replace(b"kvtuner.sens", b"kvtuner.xxxx")), "KeyError"),
+        (lambda file: replace(measure(tiny_model(), texts(1), gradients=False), windows=(-1,)).save(file), "kl is not"),
+    ],
+)
+def test_a_damaged_measurement_is_refused(tmp_path, damage, sentence):
+    file = tmp_path / "a.safetensors"
+    measure(tiny_model(), texts(1), gradients=False).save(file)
+    damage(file)
+    with pytest.raises(InputRefused, match=sentence):
+        load_sensitivity(file)
+
+
+@pytest.mark.parametrize("data", [[], [torch.arange(4)]])
+def test_too_little_text_is_refused(data):
+    with pytest.raises(InputRefused, match="at least one is needed, each of more than 4 tokens"):
+        measure(tiny_model(), data)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from faults.mutate import byte_level, deep, dump, judge, structural
-from jettison.hooks import InputRefused
+from jettison.hooks import ConfigError, InputRefused
 from jettison.hooks.files import parse_document
-from jettison.plugins.kvtuner.table import Table, encode_channels, load_table, parse_table
-from kvtuner_samples import HEADS, LAYERS, SIZE, content, sealed
+from jettison.plugins.kvtuner.artefact import Canary, read_pairs, write_pairs
+from jettison.plugins.kvtuner.table import Table, content_sha256, encode_channels, load_table, parse_table, seal
+from kvtuner_samples import HEADS, LAYERS, SIZE, content, sealed, searched
 
 MUTATIONS = 10_000
 
@@ -69,6 +70,25 @@ def test_mutated_tables(channels):
     counts, findings = judge(cases(), read, parse_table(original))
     assert not findings, f"seed {seed}: {len(findings)} findings in {dict(counts)}, first {findings[:3]}"
     assert counts["rejected"] > 0.9 * MUTATIONS / 2
+
+
+def test_mutated_tables_with_a_record_of_their_search():
+    """The optional parts are guarded like the others."""
+    rng = random.Random(3)
+    original = searched()
+    data = dump(original)
+
+    def cases():
+        for number in range(1500):
+            if number % 3 == 0:
+                yield byte_level(data, rng)
+            else:
+                case, damaged = structural(original, rng)
+                yield case, dump(damaged)
+
+    counts, findings = judge(cases(), read, parse_table(original))
+    assert not findings, f"{len(findings)} findings in {dict(counts)}, first {findings[:3]}"
+    assert counts["rejected"] > 0.8 * 1500
 
 
 @pytest.mark.parametrize("channels", [True, False])
@@ -174,3 +194,85 @@ def test_yaml_means_the_same(tmp_path):
     path = tmp_path / "table.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(content()))))
     assert load_table(path) == parse_table(content())
+
+
+def test_a_table_of_the_first_version_is_still_valid():
+    """Fields at their default are no part of the hash, and explicit ones mean the same."""
+    old = content()
+    assert not {"sizes", "search", "canary", "versions"} & set(old)
+    assert parse_table(old).content() == old
+    explicit = {**old, "search": None, "versions": {}}
+    explicit["payload"] = {**old["payload"], "codec": "token-head", "group_size": None}
+    assert parse_table(explicit) == parse_table(old)
+
+
+def test_sealing_adds_sizes_and_hash():
+    parts = {key: value for key, value in content().items() if key != "payload_sha256"}
+    table = seal(parts)
+    # 8.4, 4.4, 16.8 and 2.2 bits at head size 32: 32 + 16 + 8, 16 + 16 + 8, 64 + 32 + 4 and 8 + 8 + 8 bytes, and
+    # one sink token of 128 bytes in a block of 128 tokens; 2 heads.
+    assert table.sizes.bytes_per_token == 2 * (56 + 40 + 100 + 24 + 4)
+    assert table.sizes.real_bits == table.sizes.bytes_per_token * 8 / (2 * LAYERS * HEADS * SIZE)
+    assert table.sizes.nominal_bits == (12 + 8 + 24 + 4) / 8
+    assert table.payload_sha256 == content_sha256(table.content())
+
+
+def test_sizes_that_contradict_the_layers_are_refused():
+    table = seal({key: value for key, value in content().items() if key != "payload_sha256"}).content()
+    table["sizes"]["bytes_per_token"] += 1
+    with pytest.raises(InputRefused, match="sizes contradict the layers"):
+        parse_table(sealed(table))
+
+
+def test_a_searched_table_round_trips(tmp_path):
+    table = parse_table(searched())
+    table.save(tmp_path / "t.json")
+    assert load_table(tmp_path / "t.json") == table
+    assert table.search.neighbours[0].pairs == "2xk8v4 k4v4 k2v2"
+    assert table.canary.ids == [1, 2, 70_000]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "text"),
+    [
+        ([(8, 4)], "k8v4"),
+        ([(8, 4)] * 3 + [(16, 2), (8, 4)], "3xk8v4 k16v2 k8v4"),
+        ([(2, 2)] * 1000, "1000xk2v2"),
+    ],
+)
+def test_pairs_are_written_in_runs(pairs, text):
+    assert write_pairs(pairs) == text
+    assert read_pairs(text) == pairs
+
+
+@pytest.mark.parametrize("text", ["", " ", "k8", "k8v3", "0xk8v4", "k8v4  k8v4", "99999xk8v4", "-1xk8v4", "k8v4\n"])
+def test_other_text_is_no_run_of_pairs(text):
+    with pytest.raises(ValueError, match="is not a run of pairs"):
+        read_pairs(text)
+
+
+@pytest.mark.parametrize("tokens", ["", "AAAA", "!!!!!!!!", "AAAAAA==", "A" * 60_000])
+def test_a_canary_must_be_readable(tokens):
+    table = searched()
+    table["canary"]["tokens"] = tokens
+    with pytest.raises(InputRefused, match=r"refused at canary"):
+        parse_table(sealed(table))
+
+
+def test_a_canary_holds_its_tokens():
+    ids = [0, 1, 128_255, 2**32 - 1]
+    assert Canary.of(ids, 0.1, 0.01).ids == ids
+
+
+def test_kivi_is_for_another_cache():
+    kivi = {"rotate": False, "sink_tokens": 0, "codec": "kivi", "group_size": 32, "residual": 32}
+    table = parse_table(content(channels=False, **kivi))
+    with pytest.raises(ConfigError, match=r"layer 1 .*codec kivi.*packed pages hold token-head"):
+        table.format(1)
+    for change in ({"rotate": True}, {"group_size": None}, {"residual": None}, {"sink_tokens": 1}):
+        with pytest.raises(InputRefused, match="codec kivi has"):
+            parse_table(content(channels=False, **{**kivi, **change}))
+    with pytest.raises(InputRefused, match="codec token-head has neither"):
+        parse_table(content(group_size=32))
+    with pytest.raises(InputRefused, match=r"payload.codec"):
+        parse_table(content(codec="other"))
