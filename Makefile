@@ -13,7 +13,8 @@ demo: setup
 	.venv/bin/jettison demo
 
 test: setup
-	$(PY) -m pytest tests integration
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile
+	$(PY) -m pytest integration
 
 bench: setup
 	@set -e; for bench in integration/bench_*.py; do echo "== $$bench"; $(PY) $$bench; done

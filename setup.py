@@ -1,13 +1,12 @@
-"""The compiled kernels; everything else about the package is in pyproject.toml.
+"""The compiled CPU kernels; everything else about the package is in pyproject.toml.
 
 One library on torch's stable ABI: no pybind, no per-torch and no per-Python build, so the wheel is tagged for the
-platform alone. Each instruction-set tier is compiled with its own flags and chosen at run time.
+platform alone. Each instruction-set tier is compiled with its own flags and chosen at run time. CUDA kernels travel as
+source and are compiled where they run (csrc/cuda/compiler.py), so one wheel serves both.
 """
 
 import os
 import platform
-import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,26 +22,15 @@ from build_backend import torch_folder  # noqa: E402
 # Contraction is off so that quantising rounds as the torch reference does; fused operations are written out.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wall", "-Wextra",
-         "-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # fmt: skip
+         "-Wno-ignored-attributes"]  # fmt: skip
 TIERS = {
     "csrc/cpu/tier_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "csrc/cpu/tier_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma",
-                                 "-mf16c", "-mprefer-vector-width=512"],
+                                 "-mf16c", "-mprefer-vector-width=512",
+                                 # GCC 12's own AVX-512 headers set these off.
+                                 "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
 }  # fmt: skip
 SOURCES = ["csrc/cpu/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/tier_portable.cpp"]
-CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
-CUDA_FLAGS = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-              "-gencode=arch=compute_90a,code=sm_90a"]  # fmt: skip
-
-
-def cuda_compiler() -> str | None:
-    """nvcc if there is anything for it to compile; says why not otherwise."""
-    nvcc = shutil.which("nvcc")
-    if CUDA_SOURCES and nvcc:
-        return nvcc
-    reason = "nvcc was not found" if CUDA_SOURCES else "this version has no CUDA sources"
-    print(f"jettison: building CPU kernels only ({reason})")
-    return None
 
 
 class BuildKernels(build_ext):
@@ -64,11 +52,6 @@ class BuildKernels(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
-        nvcc = cuda_compiler()
-        for source in CUDA_SOURCES if nvcc else []:
-            target = f"{self.build_temp}/{Path(source).stem}.cu.o"
-            subprocess.run([nvcc, *CUDA_FLAGS, f"-I{include[0]}", "-c", source, "-o", target], check=True)
-            objects.append(target)
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu", "torch"],
             library_dirs=[str(torch / "lib")], target_lang="c++",

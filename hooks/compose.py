@@ -25,6 +25,7 @@ from jettison.hooks.host import Active, Host
 
 WORKER = "jettison.hooks.vllm.worker.JettisonWorker"
 POLICIES = "jettison.hooks.vllm.policies:PolicyProcessor"
+MIDDLEWARE = "jettison.hooks.vllm.shutdown.EndOpenRequests"
 MAX_ARGUMENT = 100_000
 PLATFORMS = ("auto", "cpu", "cuda")
 
@@ -51,6 +52,7 @@ def compose(
     *,
     platform: str = "auto",
     folder: Path | None = None,
+    server: bool = True,
 ) -> Command:
     """Return the `vllm serve` command that runs with these plugins.
 
@@ -60,6 +62,7 @@ def compose(
         engine_args: what follows `vllm serve`: the model and vLLM's own flags.
         platform: "cpu", "cuda", or "auto" for the installed vLLM's.
         folder: where a large configuration is written; default is the user's cache.
+        server: False leaves out what an engine without an HTTP server does not know.
 
     Raises:
         JettisonError: a plugin, an option or a combination of flags is refused; nothing is written then.
@@ -71,6 +74,8 @@ def compose(
     if not active.names:
         return Command(("vllm", "serve", *engine_args), (), None)
     flags = _flags(active, args, resolve_platform(platform))
+    if server:
+        flags += ["--middleware", MIDDLEWARE]
     text = json.dumps({**carried, SECTION: section}, separators=(",", ":"), allow_nan=False)
     if len(text) <= MAX_ARGUMENT:
         argv = (*args.rest, *args.config_flag, *flags, "--additional-config", text)
@@ -140,9 +145,6 @@ def _flags(active: Active, args: EngineArgs, platform: str) -> list[str]:
         backend = "CUSTOM"
     if backend is not None:
         flags += ["--attention-backend", backend]
-    chosen = any("cudagraph_mode" in word or word == "--enforce-eager" for word in args.rest)
-    if backend == "CUSTOM" and platform == "cuda" and not chosen:
-        flags += ["--compilation-config.cudagraph_mode", "PIECEWISE"]  # packed pages refuse full CUDA graphs
     args.require("--worker-extension-cls", WORKER, "proves that Jettison is in force")
     flags += ["--worker-extension-cls", WORKER]
     processors = [name for name in args.logits_processors if name != POLICIES]

@@ -47,6 +47,7 @@ def examine(host: Host, section: Mapping[str, Any] | None = None, *, engine: boo
         _guarded("installation", check_installation),
         _guarded("versions", check_versions),
         _guarded("compiled library", check_kernels),
+        _guarded("CUDA kernels", check_cuda_compiler),
         _guarded("entry point", check_entry_point),
     ]
     if engine:
@@ -126,6 +127,24 @@ def check_kernels() -> str:
     except ImportError as error:
         raise EnvironmentRefused(str(error), do="reinstall jettison with a C++ compiler present") from error
     return f"{path.name}, {csrc.isa()}"
+
+
+def check_cuda_compiler() -> str:
+    """Where a GPU is there, find the compiler that makes its kernels when they are first needed."""
+    import torch
+
+    from jettison.csrc.cuda import compiler
+
+    if torch.version.cuda is None:
+        return "not needed: this torch is not a CUDA build"
+    found = compiler.name()
+    if found is None:
+        raise EnvironmentRefused(
+            "neither NVRTC nor nvcc was found",
+            allowed="KV-cache plugins on CUDA need one",
+            do=f"pip install nvidia-cuda-nvrtc for CUDA {torch.version.cuda}",
+        )
+    return f"{found} for {compiler.ARCHITECTURE}, cached in {compiler.cache_folder()}"
 
 
 def check_entry_point() -> str:

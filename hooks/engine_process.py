@@ -45,7 +45,7 @@ class EngineProcess(AbstractContextManager["EngineProcess"]):
     def __init__(self, name: str, arguments: Sequence[str], selections: Sequence[str], log: Path) -> None:
         self._name, self._log = name, log
         stock = {} if selections else {"VLLM_PLUGINS": ""}
-        command = compose(Host.discover(), selections, arguments, folder=log.parent)
+        command = compose(Host.discover(), selections, arguments, folder=log.parent, server=False)
         model, *flags = command.argv[2:]
         with log.open("w", encoding="utf-8") as stderr:
             self._process = subprocess.Popen(

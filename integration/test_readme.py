@@ -23,8 +23,16 @@ MODEL = "build/SmolLM2-135M-Instruct"
 SMALL = {
     "python integration/bench_kv_cpu.py": "--contexts 64 --requests 2 --repeats 1 --prefills 1 --starts 0",
     "python integration/bench_kl_curve.py": "--quick --positions 64",
+    "python integration/bench_kv_quality.py": "--quick",
 }
-WITHOUT_CUDA = {"python integration/check_cuda.py": 3}
+FEW = {
+    "jettison kvtuner search": "--trials 6 --population 4 --length 128 --search-length 64 --finalists 2 --items 0",
+    "jettison kvtuner compare": "--texts 1 --length 128",
+    "jettison kvtuner check": "--texts 1 --length 128",
+    "jettison kvtuner drift": "--length 128",
+}
+"""Options that make a command of the README short."""
+WITHOUT_CUDA = {"python integration/check_cuda.py": 3, "python integration/bench_kv_gpu.py": 3}
 
 
 def commands() -> list[str]:
@@ -62,7 +70,8 @@ def test_make_demo_is_the_main_job() -> None:
 
 def test_make_test_runs_both_sets() -> None:
     done = run("make -n test")
-    assert done.stdout.rstrip().endswith("-m pytest tests integration"), done.stdout
+    for folder in ("tests", "integration"):
+        assert f"-m pytest {folder}" in done.stdout, done.stdout
 
 
 @pytest.mark.slow
@@ -70,7 +79,8 @@ def test_make_test_runs_both_sets() -> None:
 def test_command(command: str, tmp_path: Path) -> None:
     """In the order of the README, after `make demo` has made the checkpoint."""
     small = f" {SMALL[command]} -o {tmp_path / 'results.json'}" if command in SMALL else ""
-    done = run(command + small)
+    few = next((f" {options}" for name, options in FEW.items() if command.startswith(name)), "")
+    done = run(command + small + few)
     expected = 0 if _cuda() else WITHOUT_CUDA.get(command, 0)
     assert done.returncode == expected, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     if command in SMALL:

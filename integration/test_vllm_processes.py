@@ -43,15 +43,25 @@ def environment(search_path: str, **more: str) -> dict[str, str]:
 
 
 def child(
-    model: Path, section: dict[str, Any], env: dict[str, str], **options: Any
+    model: Path, section: dict[str, Any], env: dict[str, str], *, tokens: int = 8, **options: Any
 ) -> subprocess.CompletedProcess[str]:
     engine = {
         "model": str(model), "dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 16,
         "block_size": 32, "worker_extension_cls": WORKER, "additional_config": {"jettison": section}, **options,
     }  # fmt: skip
-    order = json.dumps({"engine": engine, "tokens": 8, "prompts": PROMPTS})
+    order = json.dumps({"engine": engine, "tokens": tokens, "prompts": PROMPTS})
     command = [sys.executable, str(HERE / "vllm_child.py"), order]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+
+
+def read_answers(done: subprocess.CompletedProcess[str]) -> tuple[list[Answer], dict[str, Any]]:
+    """What a child printed: the answers, and everything as it was printed."""
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert lines, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads(lines[0].removeprefix("ANSWER "))
+    steps = [[{int(t): v for t, v in step.items()} for step in a["logprobs"]] for a in found["answers"]]
+    answers = [Answer(tuple(a["tokens"]), tuple(s)) for a, s in zip(found["answers"], steps, strict=True)]
+    return answers, dict(found)
 
 
 def test_two_ranks_give_the_answers_of_one(model: Path, search_path: str) -> None:
@@ -59,11 +69,7 @@ def test_two_ranks_give_the_answers_of_one(model: Path, search_path: str) -> Non
         alone = generate(llm, tokens=8)
     env = environment(search_path, VLLM_CPU_OMP_THREADS_BIND="0|1", VLLM_LOGGING_LEVEL="ERROR")
     done = child(model, SECTION, env, tensor_parallel_size=2)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-    assert lines, done.stdout[-2000:] + done.stderr[-2000:]
-    found = json.loads(lines[0].removeprefix("ANSWER "))
-    steps = [[{int(t): v for t, v in step.items()} for step in a["logprobs"]] for a in found["answers"]]
-    split = [Answer(tuple(a["tokens"]), tuple(s)) for a, s in zip(found["answers"], steps, strict=True)]
+    split, found = read_answers(done)
     worst = difference(split, alone)
     assert worst < 5e-3, f"two ranks: log-probabilities differ by {worst}"
     assert [s["process"]["rank"] for s in found["status"]] == [0, 1]
@@ -189,7 +195,7 @@ def test_servers_start_stop_and_die_cleanly(servers: Any) -> None:
                 os.kill(server.engine(), signal.SIGKILL)
             server.gone(60)
             answered = [stream.result() for stream in streams]
-        # NOTES: vLLM ends what is under way with the tokens so far; what counts is that no client is left hanging.
+        # NOTES: vLLM ends what is under way with the tokens so far, or our middleware with status 503.
         assert -1 not in answered, f"{end}: {answered}"
         with socket.socket() as again:
             again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

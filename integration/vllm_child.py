@@ -20,7 +20,11 @@ def main(order: dict[str, Any]) -> None:
         }
         for output in outputs
     ]
-    print("ANSWER " + json.dumps({"answers": answers, "status": llm.collective_rpc("jettison_status")}))
+    found = {"answers": answers, "status": llm.collective_rpc("jettison_status")}
+    if order["engine"].get("speculative_config"):
+        values = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+        found["drafts"] = {name: values[f"vllm:spec_decode_num_{name}_tokens"] for name in ("draft", "accepted")}
+    print("ANSWER " + json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ struct Quantised {
   uint16_t meta[2];  // fp16 scale, zero
 };
 
-// See reference.quantise: zero rounded down, scale rounded up, so no code is clipped.
-inline void quantise(const float* row, int size, int bits, Quantised* out) {
+// See reference.quantise: zero rounded down, scale rounded up, so no code is clipped; of a rotated row at 2 bits the
+// codes span the middle three quarters of the range.
+inline void quantise(const float* row, int size, int bits, bool rotated, Quantised* out) {
   F low = fload(row), high = low, poison = fzero();
   for (int d = 0; d < size; d += 16) {
     const F x = fload(row + d);
@@ -21,7 +22,11 @@ inline void quantise(const float* row, int size, int bits, Quantised* out) {
     high = max(high, x);
     poison = add(poison, sub(x, x));  // NaN if any element is NaN or infinite
   }
-  const float minimum = -hmax(sub(fzero(), low)), maximum = hmax(high);
+  float minimum = -hmax(sub(fzero(), low)), maximum = hmax(high);
+  if (rotated && bits == 2) {
+    const float cut = (maximum - minimum) * 0.125f;
+    minimum += cut, maximum -= cut;
+  }
   const float levels = (float)((1 << bits) - 1);
   const float zero = half_float(out->meta[1] = float_half_directed(minimum, false));
   const float scale = half_float(out->meta[0] = float_half_directed((maximum - zero) / levels, true));
@@ -58,13 +63,13 @@ inline void raw16(const float* row, int size, Dtype dtype, uint8_t* bytes) {
 }
 
 // One side of a token as packed bytes; returns whether it has a scale and zero.
-inline bool encode(const float* row, int size, int bits, Dtype dtype, uint8_t* bytes, uint16_t* meta) {
+inline bool encode(const float* row, int size, int bits, bool rotated, Dtype dtype, uint8_t* bytes, uint16_t* meta) {
   if (bits == 16) {
     raw16(row, size, dtype, bytes);
     return false;
   }
   Quantised q;
-  quantise(row, size, bits, &q);
+  quantise(row, size, bits, rotated, &q);
   pack(q.codes, size, bits, bytes);
   std::memcpy(meta, q.meta, 4);
   return true;
@@ -112,14 +117,14 @@ inline void store_token(const StoreArgs& a, int64_t token, int head) {
   load_row_floats(a.key, token, head, size, raw);
   std::memcpy(coded, raw, 4 * size);
   code_key(a, head, size, coded);
-  filled += 2 * encode(page.key_bits == 16 ? raw : coded, size, page.key_bits, a.key.dtype, bytes, meta);
+  filled += 2 * encode(page.key_bits == 16 ? raw : coded, size, page.key_bits, a.rotate, a.key.dtype, bytes, meta);
   write_keys(tile, page, row, bytes);
   if (sink) raw16(coded, size, Dtype::kFloat16, sinks + offset * size * 2);
 
   load_row_floats(a.value, token, head, size, raw);
   std::memcpy(coded, raw, 4 * size);
   if (a.rotate) hadamard(coded, size);
-  filled += 2 * encode(page.value_bits == 16 ? raw : coded, size, page.value_bits, a.value.dtype, bytes, meta + filled);
+  filled += 2 * encode(page.value_bits == 16 ? raw : coded, size, page.value_bits, a.rotate, a.value.dtype, bytes, meta + filled);
   write_values(tile, page, row, bytes);
   if (sink) raw16(coded, size, Dtype::kFloat16, sinks + (page.sink_tokens + offset) * size * 2);
 

@@ -46,6 +46,11 @@ def cubin(variant: Variant) -> bytes:
     return code
 
 
+def name() -> str | None:
+    """The compiler that will be used: NVRTC, nvcc, or None."""
+    return "NVRTC" if _nvrtc_library() is not None else "nvcc" if _nvcc_path() else None
+
+
 def cache_folder() -> Path:
     """`JETTISON_KERNEL_CACHE`, or `jettison/kernels` in the user's cache folder."""
     chosen = os.environ.get("JETTISON_KERNEL_CACHE")
@@ -100,8 +105,12 @@ def _nvrtc_text(library: Any, program: ctypes.c_void_p, what: str) -> bytes:
     return buffer.raw
 
 
+def _nvcc_path() -> str | None:
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
 def _nvcc(source: str) -> bytes:
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    nvcc = _nvcc_path()
     if nvcc is None:
         raise CompilerMissingError("neither NVRTC (it comes with torch's CUDA builds) nor nvcc was found: install one")
     with tempfile.TemporaryDirectory() as folder:

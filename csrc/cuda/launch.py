@@ -23,14 +23,6 @@ MIN_STEPS = 16
 """Least 32-token steps that are worth a block of their own."""
 
 
-def unsupported(device: int) -> str | None:
-    """Why the kernels do not run on this device, or None. They use Hopper's bulk copies and are tested there only."""
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) == (9, 0):
-        return None
-    return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, the kernels are for 9.0"
-
-
 @cache
 def function(variant: Variant, device: int) -> Function:
     """The loaded kernel; compiled at most once per machine, loaded once per process and device."""

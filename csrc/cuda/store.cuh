@@ -38,6 +38,10 @@ struct Store {
       low = smaller(low, shuffle_xor(low, s));
       high = larger(high, shuffle_xor(high, s));
     }
+    if (ROTATE && bits == 2) {  // reference.range_share
+      const float cut = times(high - low, 0.125f);
+      low = low + cut, high = high - cut;
+    }
     const u32 zero = half_down(low), scale = half_up(divide(high - half_value(zero), levels));
     bad = any(bad) || (zero & 0x7c00u) == 0x7c00u || (scale & 0x7c00u) == 0x7c00u;
     const float step = half_value(scale), inverse = step > 0.f ? divide(1.f, step) : 0.f, base = half_value(zero);

@@ -34,8 +34,13 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionType as AttentionType
     from vllm.v1.attention.backend import CommonAttentionMetadata as CommonAttentionMetadata
     from vllm.v1.attention.backend import MultipleOf as MultipleOf
+    from vllm.v1.attention.backend import max_decode_query_len as max_decode_query_len
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend as CPUAttentionBackend
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl as CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version as get_flash_attn_version
+    from vllm.v1.attention.backends.fa_utils import (
+        is_flash_attn_varlen_func_available as is_flash_attn_varlen_func_available,
+    )
     from vllm.v1.attention.backends.mla.amx_mla import AMXMLABackend as AMXMLABackend
     from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend as CPUMLABackend
     from vllm.v1.attention.backends.registry import AttentionBackendEnum as AttentionBackendEnum
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext as LogitsContext
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcRequestState as LogitsProcRequestState
     from vllm.v1.worker.worker_base import WorkerBase as WorkerBase
+    from vllm.v1.worker.workspace import current_workspace_manager as current_workspace_manager
 
 SUPPORTED = ((0, 32), (0, 33))
 WINDOW = "vllm>=0.32,<0.33"
@@ -73,6 +79,8 @@ class Symbol:
 
 
 _BACKEND = "vllm.v1.attention.backend"
+_FA = "vllm.v1.attention.backends.fa_utils"
+_WORKSPACE = "vllm.v1.worker.workspace"
 _CPU = "vllm.v1.attention.backends.cpu_attn"
 _REGISTRY = "vllm.v1.attention.backends.registry"
 _KV = "vllm.v1.kv_cache_interface"
@@ -112,19 +120,28 @@ SYMBOLS: tuple[Symbol, ...] = (
         "supports_kv_cache_dtype", "supports_sink", "supports_sliding_window", "supported_kv_cache_layouts")),
     Symbol(f"{_BACKEND}:AttentionBackend.customize_spec", parameters=("spec",)),
     Symbol(f"{_BACKEND}:AttentionBackend.get_supported_kernel_block_sizes", parameters=("kv_cache_spec",)),
-    Symbol(f"{_BACKEND}:AttentionCGSupport", members=("NEVER",)),
+    Symbol(f"{_BACKEND}:AttentionCGSupport", members=("NEVER", "UNIFORM_BATCH")),
     Symbol(f"{_BACKEND}:AttentionImpl", members=("process_weights_after_loading", "forward")),
     Symbol(f"{_BACKEND}:AttentionImpl.__init__", parameters=_IMPL_ARGS),
     Symbol(f"{_BACKEND}:AttentionImpl.forward", parameters=_FORWARD_ARGS),
     Symbol(f"{_BACKEND}:AttentionImpl.process_weights_after_loading", parameters=("self", "act_dtype")),
     Symbol(f"{_BACKEND}:AttentionMetadataBuilder.__init__",
         parameters=("self", "kv_cache_spec", "layer_names", "vllm_config", "device")),
-    Symbol(f"{_BACKEND}:AttentionMetadataBuilder", members=("_cudagraph_support", "build")),
+    Symbol(f"{_BACKEND}:AttentionMetadataBuilder", members=("_cudagraph_support", "build",
+        "reorder_batch_threshold", "supports_draft_decode_metadata_update")),
     Symbol(f"{_BACKEND}:AttentionMetadataBuilder.build",
         parameters=("self", "common_prefix_len", "common_attn_metadata", "fast_build")),
+    Symbol(f"{_BACKEND}:AttentionMetadataBuilder.build_for_cudagraph_capture",
+        parameters=("self", "common_attn_metadata")),
+    Symbol(f"{_BACKEND}:AttentionMetadataBuilder.get_cudagraph_support", parameters=("vllm_config", "kv_cache_spec")),
+    Symbol(f"{_BACKEND}:AttentionMetadataBuilder.update_draft_decode_metadata", parameters=("self", "metadata")),
+    Symbol(f"{_BACKEND}:AttentionMetadataBuilder._init_reorder_batch_threshold", parameters=("self",
+        "reorder_batch_threshold", "supports_spec_as_decode", "supports_dcp_with_varlen")),
+    Symbol(f"{_BACKEND}:max_decode_query_len", parameters=("vllm_config",)),
     Symbol(f"{_BACKEND}:AttentionType", members=("DECODER",)),
     Symbol(f"{_BACKEND}:CommonAttentionMetadata", members=("query_start_loc", "seq_lens", "block_table_tensor",
-        "slot_mapping", "num_actual_tokens", "causal")),
+        "slot_mapping", "num_actual_tokens", "causal", "max_query_len", "query_start_loc_cpu",
+        "seq_lens_cpu_upper_bound")),
     Symbol(f"{_BACKEND}:MultipleOf", members=("base",)),
     Symbol(f"{_CPU}:CPUAttentionBackend", members=("get_impl_cls", "get_builder_cls", "supported_kv_cache_layouts")),
     Symbol(f"{_CPU}:CPUAttentionBackendImpl.__init__", parameters=(*_IMPL_ARGS, "sinks")),
@@ -134,6 +151,12 @@ SYMBOLS: tuple[Symbol, ...] = (
     Symbol(f"{_CPU}:CPUAttentionBackendImpl", members=("forward", "do_kv_cache_update")),
     Symbol("vllm.v1.attention.backends.mla.cpu_mla:CPUMLABackend", members=("get_impl_cls",)),
     Symbol("vllm.v1.attention.backends.mla.amx_mla:AMXMLABackend", members=("get_impl_cls",)),
+    Symbol(f"{_FA}:get_flash_attn_version", parameters=("requires_alibi", "head_size", "head_size_v", "has_sinks",
+        "requires_softcap", "kv_cache_block_size", "supports_fa4_hd256")),
+    Symbol(f"{_FA}:is_flash_attn_varlen_func_available", parameters=()),
+    Symbol(f"{_WORKSPACE}:current_workspace_manager", parameters=()),
+    Symbol(f"{_WORKSPACE}:WorkspaceManager.get_simultaneous", parameters=("self", "shapes_and_dtypes")),
+    Symbol(f"{_WORKSPACE}:WorkspaceManager.get_persistent_resource", parameters=("self", "key", "factory")),
     Symbol(f"{_REGISTRY}:AttentionBackendEnum", members=("CPU_ATTN", "CPU_MLA", "AMX_MLA", "CUSTOM", "get_path",
         "is_overridden")),
     Symbol(f"{_REGISTRY}:register_backend", parameters=("backend", "class_path", "is_mamba")),
@@ -157,6 +180,9 @@ SYMBOLS: tuple[Symbol, ...] = (
         parameters=("self", "vllm_config", "local_rank", "rank", "distributed_init_method", "is_driver_worker")),
     Symbol("vllm.v1.worker.worker_base:WorkerBase", members=("get_kv_cache_spec",)),
 )  # fmt: skip
+
+FLASH_ATTENTION = f"{_FA}:flash_attn_varlen_func"
+"""vLLM defines it on GPUs only, so a layer that needs it resolves it."""
 
 _ALIASES = {"LogitsProcessorV1": f"{_LP1}:LogitsProcessor", "LogitsProcessorV2": f"{_LP2}:LogitsProcessor"}
 _EXPORTS = {s.name: s.target for s in SYMBOLS if "." not in s.name and s.name != "LogitsProcessor"} | _ALIASES

@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from jettison.csrc.layout import MAX_HEAD_SIZE, MIN_HEAD_SIZE, TILE_TOKENS
+from jettison.csrc.cuda.variants import HEAD_SIZES
+from jettison.csrc.layout import TILE_TOKENS
+from jettison.csrc.ops import attention_plan, attention_workspace, packed_attention
 from jettison.hooks.errors import EnvironmentRefused
 from jettison.hooks.vllm.compat import (
     AttentionBackend,
     AttentionImpl,
     AttentionType,
     MultipleOf,
+    current_workspace_manager,
     get_current_vllm_config,
+    max_decode_query_len,
 )
+from jettison.hooks.vllm.cuda_metadata import ServedMetadata, ServedMetadataBuilder, scratch_tokens
+from jettison.hooks.vllm.cuda_prefill import Prefill, flash_attention
 from jettison.hooks.vllm.engine import engine_for
-from jettison.hooks.vllm.packed import (
-    PackedBackendMixin,
-    PackedImplMixin,
-    PackedMetadata,
-    PackedMetadataBuilder,
-    specialised,
-)
+from jettison.hooks.vllm.packed import PackedBackendMixin, PackedImplMixin, PackedMetadata, specialised
 
 if TYPE_CHECKING:
     from jettison.hooks.vllm.compat import Attention
@@ -43,7 +43,7 @@ class JettisonCUDABackend(PackedBackendMixin, AttentionBackend):
         return "CUSTOM"
 
     @staticmethod
-    def get_impl_cls() -> type[AttentionImpl[PackedMetadata]]:
+    def get_impl_cls() -> type[AttentionImpl[ServedMetadata]]:
         """The implementation for the engine under construction.
 
         Raises:
@@ -55,9 +55,9 @@ class JettisonCUDABackend(PackedBackendMixin, AttentionBackend):
         return PackedCUDAImpl
 
     @staticmethod
-    def get_builder_cls() -> type[PackedMetadataBuilder]:
+    def get_builder_cls() -> type[ServedMetadataBuilder]:
         """One builder class for every layout."""
-        return PackedMetadataBuilder
+        return ServedMetadataBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
@@ -66,8 +66,8 @@ class JettisonCUDABackend(PackedBackendMixin, AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        """Multiples of 16 from 32 to 256."""
-        return head_size % 16 == 0 and MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE
+        """What the kernels are written for."""
+        return head_size in HEAD_SIZES
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -80,8 +80,10 @@ class JettisonCUDABackend(PackedBackendMixin, AttentionBackend):
         return True
 
 
-class PackedCUDAImpl(PackedImplMixin, AttentionImpl[PackedMetadata]):
-    """Attention over packed pages on CUDA."""
+class PackedCUDAImpl(PackedImplMixin, AttentionImpl[ServedMetadata]):
+    """Attention over packed pages on CUDA: decode straight from the pages, prefill through FlashAttention."""
+
+    supports_quant_query_input = False
 
     def __init__(
         self,
@@ -102,10 +104,11 @@ class PackedCUDAImpl(PackedImplMixin, AttentionImpl[PackedMetadata]):
         self.kv_cache_dtype, self.alibi_slopes, self.sinks = kv_cache_dtype, alibi_slopes, sinks
         self.window = -1 if sliding_window is None else sliding_window
         self.softcap = float(logits_soft_cap or 0.0)
+        self.prefill: Prefill | None = None
         self.enlist()
 
     def specialise(self, layer: Attention, page: LayerFormat | None) -> None:
-        """See `PackedImplMixin.specialise`.
+        """See `PackedImplMixin.specialise`. Compiles the kernels of this kind of layer.
 
         Raises:
             EnvironmentRefused: no plugin gave a format; the slot CUSTOM has no stock implementation to go back to.
@@ -114,7 +117,118 @@ class PackedCUDAImpl(PackedImplMixin, AttentionImpl[PackedMetadata]):
             raise _nothing_to_do()
         self.page = page
         self.head_sinks = None if self.sinks is None else self.sinks.float().contiguous()
-        layer.attn_backend = specialised(JettisonCUDABackend, page.layout)
+        layer.attn_backend = specialised(JettisonCUDABackend, page.layout, ServedMetadataBuilder)
+        self.dtype: torch.dtype = self.config.model_config.dtype
+        self.max_query_len = max_decode_query_len(self.config)
+        if self.dtype == torch.float32:
+            return
+        self.prefill = Prefill(
+            page,
+            flash_attention(
+                self.head_size,
+                scale=self.scale,
+                window=self.window,
+                softcap=self.softcap,
+                sinks=self.sinks,
+                where=layer.layer_name,
+            ),
+            self.scratch,
+        )
+        self._compile(page)
+
+    def _compile(self, page: LayerFormat) -> None:
+        from jettison.csrc.cuda import launch
+
+        group = self.num_heads // self.num_kv_heads
+        launch.prepare(
+            page.layout,
+            rotate=page.rotate,
+            softcap=self.softcap > 0,
+            dtype=self.dtype,
+            columns=tuple(group * queries for queries in range(1, self.max_query_len + 1)),
+            device=torch.cuda.current_device(),
+        )
+
+    def reserve(self) -> None:
+        """Take this layer's part of vLLM's workspace, once; on vLLM's profile run, so that it is accounted for."""
+        if self.prefill is not None:
+            self.scratch()
+            self.decode_workspace()
+
+    def scratch(self) -> tuple[Tensor, Tensor]:
+        """Room to read pages back, of all layers in turn: see `cuda_prefill.Scratch`."""
+        shape = (scratch_tokens(self.config), self.num_kv_heads, self.head_size)
+        keys, values = current_workspace_manager().get_simultaneous((shape, self.dtype), (shape, self.dtype))
+        return keys, values
+
+    def decode_workspace(self) -> Tensor:
+        """Scratch memory of the decode kernel, one for all layers of a kind; captured graphs keep its address."""
+        shape = (self.num_heads, self.num_kv_heads, self.head_size, self.max_query_len)
+        found: Tensor = current_workspace_manager().get_persistent_resource(
+            ("jettison", self.page.layout, self.window, *shape),
+            lambda: attention_workspace(*shape, torch.device("cuda", torch.cuda.current_device())),
+        )
+        return found
+
+    def cut(self, batch: ServedMetadata) -> None:
+        """Share out the decode work of a step among the GPU's processors, for all layers of this kind."""
+        if self.prefill is None or not batch.decodes:
+            return
+        attention_plan(
+            batch.query_start_loc[: batch.decodes + 1],
+            batch.seq_lens[: batch.decodes],
+            self.page.layout,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            max_query_len=batch.max_query_len,
+            window=self.window,
+            workspace=self.decode_workspace(),
+        )
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: PackedMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """See `PackedImplMixin.forward`; key and value: [T or more, KV heads, head size], this step's own."""
+        if attn_metadata is None:
+            self.reserve()
+            return output.zero_()
+        if self.prefill is None:
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output)
+        assert isinstance(attn_metadata, ServedMetadata)
+        if attn_metadata.decodes:
+            self._decode(query, kv_cache, output, attn_metadata)
+        self.prefill(query, key, value, kv_cache, output, attn_metadata.prefill)
+        return output
+
+    def _decode(self, query: Tensor, kv_cache: Tensor, output: Tensor, batch: ServedMetadata) -> None:
+        page, rows, tokens = self.page, batch.decodes, batch.decode_tokens
+        packed_attention(
+            query[:tokens],
+            kv_cache,
+            output[:tokens],
+            batch.query_start_loc[: rows + 1],
+            batch.seq_lens[:rows],
+            batch.block_table[:rows],
+            page.layout,
+            scale=self.scale,
+            rotate=page.rotate,
+            key_scale=page.key_scale,
+            window=self.window,
+            softcap=self.softcap,
+            sinks=self.head_sinks,
+            max_query_len=batch.max_query_len,
+            workspace=self.decode_workspace(),
+            planned=True,
+        )
 
 
 def _nothing_to_do() -> EnvironmentRefused:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,6 +78,19 @@ def make_plan(config: compat.VllmConfig, active: Active) -> KVPlan:
     return {name: _localise(config, records[name], formats[name] or RAW, layers[name]) for name in layers}
 
 
+def add_draft_layer(config: compat.VllmConfig, plan: KVPlan, name: str) -> KVPlan:
+    """The plan with a layer of a draft model, which vLLM loads after the model that the plugins were asked about.
+
+    Drafts are only guesses, and their models are small: such layers keep 16 bits, in pages of the common kind.
+
+    Raises:
+        JettisonError: the layer cannot be packed.
+    """
+    layer = attention_layers(config)[name]
+    refusals.check_layer(name, layer, layer.impl.kv_cache_dtype, getattr(layer.impl, "alibi_slopes", None) is not None)
+    return {**plan, name: _localise(config, describe(config, name, layer), RAW, layer)}
+
+
 def attention_layers(config: compat.VllmConfig) -> dict[str, compat.Attention]:
     """The layers that own or share a KV cache, by name, in model order.
 
@@ -117,7 +133,14 @@ def describe(config: compat.VllmConfig, name: str, layer: compat.Attention) -> A
         head_size=layer.head_size,
         sliding_window=layer.sliding_window,
         num_layers=num_layers,
+        config_sha256=_config_sha256(str(model.model)),
     )
+
+
+@cache
+def _config_sha256(folder: str) -> str | None:
+    file = Path(folder) / "config.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _ask(active: Active, record: AttentionLayer) -> KVFormat | None:

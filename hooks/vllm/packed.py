@@ -169,6 +169,9 @@ class PackedImplMixin:
             engine.plan = _plan(self.config, engine)
         for name, layer in kv_format.attention_layers(self.config).items():
             if layer.impl is self:
+                if engine.plan and name not in engine.plan:
+                    engine.plan = kv_format.add_draft_layer(self.config, engine.plan, name)
+                    _report(self.config, engine.plan)
                 self.specialise(layer, engine.plan.get(name))
                 kv_format.pending.discard(self)
 
@@ -183,9 +186,13 @@ def _plan(config: VllmConfig, engine: Engine) -> kv_format.KVPlan:
     except BaseException:
         kv_format.pending.clear()
         raise
+    _report(config, plan)
+    return plan
+
+
+def _report(config: VllmConfig, plan: kv_format.KVPlan) -> None:
     block_size = config.cache_config.block_size
     status.layers([page.describe(name, block_size) for name, page in plan.items()])
-    return plan
 
 
 class PackedBackendMixin:
@@ -220,14 +227,16 @@ def _refuse_pending() -> None:
 
 
 @cache
-def specialised(base: type[AttentionBackend], layout: PageLayout) -> type[AttentionBackend]:
+def specialised(
+    base: type[AttentionBackend], layout: PageLayout, builder: type[PackedMetadataBuilder] = PackedMetadataBuilder
+) -> type[AttentionBackend]:
     """The subclass of `base` for one page layout; its name is unique, because vLLM groups layers by name."""
     name = f"{base.__name__}_K{layout.key_bits}V{layout.value_bits}_D{layout.head_size}_S{layout.sink_tokens}"
     members = {
         "layout": layout,
         "__module__": base.__module__,
         "__qualname__": name,
-        "get_builder_cls": staticmethod(lambda: PackedMetadataBuilder),
+        "get_builder_cls": staticmethod(lambda: builder),
         "get_supported_kernel_block_sizes": staticmethod(lambda kv_cache_spec=None: [MultipleOf(TILE_TOKENS)]),
         "supported_kv_cache_layouts": classmethod(lambda cls: (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)),
     }

@@ -12,6 +12,12 @@ from jettison.hooks.vllm import compat
 if TYPE_CHECKING:
     from jettison.hooks.host import Active
 
+HOPPER = (9, 0)
+"""Compute capability that the CUDA kernels are written for and tested on."""
+
+MAX_DECODE_QUERIES = 16
+"""New tokens per sequence that the CUDA kernel of decode steps takes."""
+
 POLICY_PROCESSOR = "jettison.hooks.vllm.policies:PolicyProcessor"
 
 
@@ -54,9 +60,26 @@ def _wrong_backend(config: compat.VllmConfig) -> str | None:
     return _if(wrong, f"the attention backend is {getattr(backend, 'name', 'chosen by vLLM')}")
 
 
-def _full_graphs(config: compat.VllmConfig) -> str | None:
-    mode = config.compilation_config.cudagraph_mode
-    return _if(not _is_cpu() and mode.has_full_cudagraphs(), f"CUDA graphs are on in mode {mode.name}")
+def _capability() -> tuple[int, int] | None:
+    """The GPU's compute capability; None on other platforms. Asks the driver's management library, not CUDA."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return None
+    found = current_platform.get_device_capability()
+    return (found.major, found.minor) if found is not None else (0, 0)
+
+
+def _no_kernels(config: compat.VllmConfig) -> str | None:
+    found = _capability()
+    return _if(found not in (None, HOPPER), f"the GPU has compute capability {found and '{}.{}'.format(*found)}")
+
+
+def _long_drafts(config: compat.VllmConfig) -> str | None:
+    queries = compat.max_decode_query_len(config)
+    return _if(
+        not _is_cpu() and queries > MAX_DECODE_QUERIES, f"speculative decoding verifies {queries} tokens per request"
+    )
 
 
 def _context_parallel(config: compat.VllmConfig) -> str | None:
@@ -84,18 +107,18 @@ KV_RULES: tuple[Rule, ...] = (
     Rule("kv_transfer", lambda c: _if(c.kv_transfer_config is not None, "a KV connector or KV offloading is"
         " configured (--kv-transfer-config, --kv-offloading-size)"),
         "remove that option", "packed pages cannot be transferred yet"),
-    Rule("speculative", lambda c: _if(c.speculative_config is not None, "speculative decoding is configured"),
-        "remove --speculative-config", "packed KV caches support plain decoding"),
+    Rule("speculative", _long_drafts, f"set num_speculative_tokens to {MAX_DECODE_QUERIES - 1} or less",
+        f"on CUDA packed KV caches verify up to {MAX_DECODE_QUERIES} tokens"),
     Rule("context_parallel", _context_parallel, "set both sizes to 1", "packed KV caches support tensor parallelism"),
     Rule("pipeline", lambda c: _if(c.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism is on"
         f" ({c.parallel_config.pipeline_parallel_size} stages)"),
         "use --tensor-parallel-size instead", "packed KV caches support tensor parallelism"),
     Rule("kv_sharing", lambda c: _if(c.cache_config.kv_sharing_fast_prefill, "KV sharing between layers"
         " (--kv-sharing-fast-prefill) is on"), "remove --kv-sharing-fast-prefill"),
+    Rule("kernels", _no_kernels, "remove the KV-cache plugin or use a Hopper GPU (H100, H200)",
+        "the CUDA kernels of packed pages are for compute capability 9.0"),
     Rule("cuda_backend", _wrong_backend, "add --attention-backend CUSTOM",
         "on CUDA packed KV caches live in the backend CUSTOM"),
-    Rule("cuda_graphs", _full_graphs,
-        "add --enforce-eager or --compilation-config.cudagraph_mode PIECEWISE", "allowed are NONE and PIECEWISE"),
 )  # fmt: skip
 """Apply when an active plugin chooses KV formats."""
 

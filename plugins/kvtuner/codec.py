@@ -8,14 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jettison.csrc.reference import hadamard, quantise
+from jettison.csrc.reference import hadamard, quantise, range_share
 
 
-def round_trip(x: Tensor, bits: int) -> Tensor:
-    """Quantise the last dimension (one scale and zero per row) and read it back, float32. 16 bits change nothing."""
+def round_trip(x: Tensor, bits: int, *, share: float = 1.0) -> Tensor:
+    """Quantise the last dimension (one scale and zero per row) and read it back, float32. 16 bits change nothing.
+
+    Args:
+        x: [..., D].
+        bits: 16, 8, 4 or 2.
+        share: part of each row's range that its codes span, around the middle.
+    """
     if bits == 16:
         return x.float()
-    codes, scale, zero = quantise(x, bits)
+    codes, scale, zero = quantise(x, bits, share)
     return codes * scale.float()[..., None] + zero.float()[..., None]
 
 
@@ -37,7 +43,7 @@ def store_keys(
     shift = 0.0 if center is None else center.float()[None, :, None]
     factor = torch.ones(()) if scale is None else scale.float()[None, :, None]
     coded = (key.float() - shift) / factor
-    back = _rotated(coded, bits, rotate) * factor + shift
+    back = rotated_round_trip(coded, bits, rotate=rotate) * factor + shift
     return _with_sinks(back, key, sink_tokens)
 
 
@@ -45,11 +51,14 @@ def store_values(value: Tensor, bits: int, *, rotate: bool, sink_tokens: int) ->
     """Values [B, H, T, D] as they read back."""
     if bits == 16:
         return value.float()
-    return _with_sinks(_rotated(value.float(), bits, rotate), value, sink_tokens)
+    return _with_sinks(rotated_round_trip(value.float(), bits, rotate=rotate), value, sink_tokens)
 
 
-def _rotated(x: Tensor, bits: int, rotate: bool) -> Tensor:
-    return hadamard(round_trip(hadamard(x), bits)) if rotate else round_trip(x, bits)
+def rotated_round_trip(x: Tensor, bits: int, *, rotate: bool) -> Tensor:
+    """What a row reads back as, in its own coordinates, if pages rotate it or not."""
+    if not rotate:
+        return round_trip(x, bits)
+    return hadamard(round_trip(hadamard(x), bits, share=range_share(bits, rotate=True)))
 
 
 def _with_sinks(stored: Tensor, exact: Tensor, sink_tokens: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from jettison.csrc.layout import PageLayout
 from jettison.csrc.reference import hadamard
 from jettison.hooks.errors import ConfigError
-from jettison.plugins.kvtuner.codec import round_trip
+from jettison.plugins.kvtuner.codec import rotated_round_trip, round_trip
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PerToken:
 
     def round_trip(self, x: Tensor) -> Tensor:
         """Codes of `jettison.csrc.reference.quantise`, read back."""
-        return hadamard(round_trip(hadamard(x), self.width)) if self.rotate else round_trip(x, self.width)
+        return rotated_round_trip(x, self.width, rotate=self.rotate)
 
 
 @dataclass(frozen=True)
@@ -97,48 +97,10 @@ class Shrunk:
         best = round_trip(rotated, self.width)
         least = (best - rotated).square().sum(-1, keepdim=True)
         for share in self.shares[1:]:
-            tried = round_trip(_cut(rotated, share), self.width)
+            tried = round_trip(rotated, self.width, share=share)
             error = (tried - rotated).square().sum(-1, keepdim=True)
             best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
         return hadamard(best)
-
-
-@dataclass(frozen=True)
-class Clipped:
-    """`PerToken` with rotation, whose range is cut to a fixed share: nothing to search when writing.
-
-    Rotated rows are near Gaussian, whose best four levels span about three quarters of the range of 64 to 128 samples.
-    At 4 bits a fixed share gains nothing.
-    """
-
-    width: int
-    share: float
-    page_bits: int | None = None
-
-    @property
-    def name(self) -> str:
-        """`int2-clipped`."""
-        return f"int{self.width}-clipped"
-
-    @property
-    def bits(self) -> float:
-        """The width."""
-        return self.width
-
-    def bytes_per_token(self, head_size: int) -> float:
-        """As `PerToken`."""
-        return side_bytes(head_size, self.width)
-
-    def round_trip(self, x: Tensor) -> Tensor:
-        """Read-back of the rotated row, cut to `share` of its range around the middle."""
-        rotated = hadamard(x)
-        return hadamard(round_trip(_cut(rotated, self.share), self.width))
-
-
-def _cut(x: Tensor, share: float) -> Tensor:
-    high, low = x.amax(-1, keepdim=True), x.amin(-1, keepdim=True)
-    middle, reach = (high + low) / 2, (high - low) / 2 * share
-    return torch.minimum(torch.maximum(x, middle - reach), middle + reach)
 
 
 @dataclass(frozen=True)

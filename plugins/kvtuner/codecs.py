@@ -20,7 +20,7 @@ from torch import Tensor
 from jettison.csrc.layout import PageLayout
 from jettison.hooks.errors import ConfigError
 from jettison.plugins.kvtuner.capture import Attend, Rule
-from jettison.plugins.kvtuner.codec_kinds import Clipped, Float8, Native, PerChannel, PerToken, Shrunk
+from jettison.plugins.kvtuner.codec_kinds import Float8, Native, PerChannel, PerToken, Shrunk
 
 ENTRY_POINTS = "jettison.kv_codecs"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -123,7 +123,6 @@ BUILT_IN: tuple[Codec, ...] = (
     Native(),
     *(PerToken(width, rotate) for width in WIDTHS for rotate in (False, True)),
     *(Shrunk(width) for width in (4, 2)),
-    Clipped(2, 0.75),
     Float8(),
     *(PerChannel(width) for width in WIDTHS),
 )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from jettison.csrc.reference import encode_keys, hadamard
+from jettison.csrc.reference import encode_keys, hadamard, range_share
 from jettison.hooks.errors import ConfigError
 from jettison.hooks.types import KVFormat
 from jettison.plugins.kvtuner.artefact import Pair
@@ -34,8 +34,8 @@ class TokenLayer(PackedLayer):
     """
 
     def _clear(self) -> None:
-        self._keys: Rows | PackedRows = _store(self.form.key_bits)
-        self._values: Rows | PackedRows = _store(self.form.value_bits)
+        self._keys: Rows | PackedRows = _store(self.form.key_bits, rotate=self.form.rotate)
+        self._values: Rows | PackedRows = _store(self.form.value_bits, rotate=self.form.rotate)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """See `PackedLayer.lazy_initialization`."""
@@ -239,8 +239,8 @@ def _layer(keys: Keys, form: KVFormat, window: int | None, sizes: dict[str, int]
     return ChannelLayer(form, window, **sizes)
 
 
-def _store(bits: int) -> Rows | PackedRows:
-    return Rows() if bits == 16 else PackedRows(bits)
+def _store(bits: int, *, rotate: bool) -> Rows | PackedRows:
+    return Rows() if bits == 16 else PackedRows(bits, share=range_share(bits, rotate=rotate))
 
 
 @lru_cache

@@ -91,10 +91,11 @@ class PackedRows:
         bits: 8, 4 or 2 per element.
         group: elements per scale, a divisor of W; None for whole rows.
         step: rows that the store grows by.
+        share: part of a piece's range that its codes span; see `jettison.csrc.reference.range_share`.
     """
 
-    def __init__(self, bits: int, group: int | None = None, step: int = STEP) -> None:
-        self._bits, self._group = bits, group
+    def __init__(self, bits: int, group: int | None = None, step: int = STEP, *, share: float = 1.0) -> None:
+        self._bits, self._group, self._share = bits, group, share
         self._codes, self._meta = Rows(step), Rows(step)
 
     @property
@@ -109,7 +110,7 @@ class PackedRows:
 
     def append(self, rows: Tensor) -> None:
         """Quantise `rows` [B, H, n, W] and add them."""
-        codes, scale, zero = quantise(rows.unflatten(-1, (-1, self._group or rows.shape[-1])), self._bits)
+        codes, scale, zero = quantise(rows.unflatten(-1, (-1, self._group or rows.shape[-1])), self._bits, self._share)
         self._codes.append(pack(codes, self._bits).flatten(-2))
         self._meta.append(torch.stack((scale, zero), -1).flatten(-2))
 

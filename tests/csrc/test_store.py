@@ -28,6 +28,15 @@ def test_a1_error_is_at_most_half_a_step(family, bits):
     assert (error <= bound).all(), f"{family} {bits} bits: {(error - bound).max():.3e} above the bound"
 
 
+def test_rotated_rows_at_2_bits_span_the_middle_of_their_range():
+    """By hand: -8 to 8, of which three quarters are -6 to 6, so the levels are -6, -2, 2, 6."""
+    row = torch.tensor([-8.0, -5.0, -3.0, 0.5, 3.5, 4.5, 7.0, 8.0])
+    codes, scale, zero = reference.quantise(row, 2, reference.range_share(2, rotate=True))
+    assert (float(scale), float(zero)) == (4.0, -6.0)
+    assert codes.tolist() == [0, 0, 1, 2, 2, 3, 3, 3]
+    assert [reference.range_share(b, rotate=r) for b in (8, 4, 2) for r in (True, False)] == [1, 1, 1, 1, 0.75, 1]
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a1_constant_rows_are_exact(bits):
     x = torch.tensor([0.0, 1.5, -3.25, 40.0, -0.001])[:, None].bfloat16().float().expand(-1, 64)

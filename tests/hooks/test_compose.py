@@ -12,7 +12,7 @@ import pytest
 from faults import mutate
 from faults.plugins import sample_host
 from jettison.hooks import ConfigError, InputRefused, JettisonError
-from jettison.hooks.compose import MAX_ARGUMENT, POLICIES, WORKER, compose, read_back, runnable
+from jettison.hooks.compose import MAX_ARGUMENT, MIDDLEWARE, POLICIES, WORKER, compose, read_back, runnable
 from jettison.hooks.engine_args import EngineArgs
 
 SEED = 1
@@ -98,6 +98,7 @@ def test_vllm_reads_what_we_wrote(tmp_path):
         "    p = P(); s = p.add_subparsers().add_parser('serve'); s.add_argument('model')\n"
         "    s.add_argument('--additional-config', type=json.loads); s.add_argument('--port')\n"
         "    s.add_argument('--worker-extension-cls'); s.add_argument('--logits-processors', nargs='+')\n"
+        "    s.add_argument('--middleware', action='append')\n"
         "    print('OUT', json.dumps(vars(p.parse_args(json.loads(line)))))\n"
     )
     lines = "\n".join(json.dumps(command.argv[1:]) for command in commands)
@@ -149,18 +150,19 @@ def test_flags_follow_the_hooks_and_the_platform():
     assert WORKER in argv("rich", "cpu")
 
 
-def test_full_cuda_graphs_are_off_where_pages_are_packed():
-    """vLLM's default on CUDA would be refused by the backend; what the user chose stays."""
+def test_graphs_are_vllms_own_default_on_every_platform():
+    """Packed decode runs in full CUDA graphs, so nothing is taken away from vLLM's mode."""
+    for platform in ("cuda", "cpu"):
+        argv = compose(sample_host(), ["rich"], ["m"], platform=platform).argv
+        assert not any("cudagraph" in word or "eager" in word for word in argv), platform
 
-    def argv(selection, *words, platform="cuda"):
-        return compose(sample_host(), [selection], ["m", *words], platform=platform).argv
 
-    mode = "--compilation-config.cudagraph_mode"
-    assert argv("rich")[argv("rich").index(mode) + 1] == "PIECEWISE"
-    for words in (("--enforce-eager",), (mode, "NONE"), ("--compilation-config", '{"cudagraph_mode": "NONE"}')):
-        assert "PIECEWISE" not in argv("rich", *words), words
-    assert mode not in argv("forced")
-    assert mode not in argv("rich", platform="cpu")
+def test_only_servers_get_the_middleware_that_ends_open_requests():
+    for selection in ("rich", "forced"):
+        argv = compose(sample_host(), [selection], ["m", "--middleware", "a.B"], platform="cpu").argv
+        assert [argv[i + 1] for i, word in enumerate(argv) if word == "--middleware"] == ["a.B", MIDDLEWARE]
+        argv = compose(sample_host(), [selection], ["m"], platform="cpu", server=False).argv
+        assert "--middleware" not in argv
 
 
 def test_a_command_is_runnable_with_the_vllm_that_is_installed():

@@ -73,7 +73,7 @@ def _raise() -> Any:
     "answer",
     [[VOCAB], [-1], [2**80], [1.5], ["7"], [None], "7", b"7", 7, {7}, iter([7]), range(10**9), [7] * 70_000, _raise,
      lambda: 1 / 0, [].pop, object()],
-    ids=repr,
+    ids=lambda answer: type(answer).__name__,
 )  # fmt: skip
 def test_a_bad_answer_ends_the_policy_and_is_counted_once(answer: Any) -> None:
     status.reset()

@@ -62,10 +62,17 @@ def test_kv_transfer(make_config: Callable[..., Any]) -> None:
     assert "--kv-transfer-config" in refused(make_config(KV, kv_transfer_config=transfer))
 
 
-def test_ngram_speculation(make_config: Callable[..., Any]) -> None:
-    speculation = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    assert "--speculative-config" in refused(make_config(KV, speculative_config=speculation))
-    assert "--speculative-config" in refused(make_config({"poltest": {}}, speculative_config=speculation))
+def test_speculation(make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def speculating(tokens: int, section: dict[str, Any], **more: Any) -> Any:
+        speculation = {"method": "ngram", "num_speculative_tokens": tokens, "prompt_lookup_max": 2}
+        return make_config(section, speculative_config=speculation, **more)
+
+    assert "--speculative-config" in refused(speculating(2, {"poltest": {}}))
+    assert engine_for(speculating(40, KV)) is not None, "the CPU kernel takes any number of queries"
+    monkeypatch.setattr(refusals, "_is_cpu", lambda: False)
+    slot = {"attention_backend": "CUSTOM"}
+    assert engine_for(speculating(15, KV, **slot)) is not None
+    assert "verifies 17 tokens" in refused(speculating(16, KV, **slot))
 
 
 @pytest.mark.parametrize(
@@ -107,8 +114,8 @@ def test_a_policy_without_its_processor(make_config: Callable[..., Any]) -> None
     assert engine_for(make_config({"poltest": {}})) is not None
 
 
-@pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
-def test_cuda_needs_its_slot_and_no_full_graphs(
+@pytest.mark.parametrize("mode", ["NONE", "PIECEWISE", "FULL", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
+def test_cuda_needs_its_slot_and_takes_every_graph_mode(
     make_config: Callable[..., Any], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(KV)
@@ -116,9 +123,18 @@ def test_cuda_needs_its_slot_and_no_full_graphs(
     assert "--attention-backend CUSTOM" in refused(config)
     config.attention_config.backend = compat.AttentionBackendEnum.CUSTOM
     config.compilation_config.cudagraph_mode = compat.CUDAGraphMode[mode]
-    assert "PIECEWISE" in refused(config)
-    config.compilation_config.cudagraph_mode = compat.CUDAGraphMode.PIECEWISE
     assert engine_for(config) is not None
+
+
+@pytest.mark.parametrize(("capability", "wrong"), [((9, 0), False), ((8, 0), True), ((10, 0), True), (None, False)])
+def test_the_kernels_are_for_hopper(
+    make_config: Callable[..., Any], capability: tuple[int, int] | None, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "_capability", lambda: capability)
+    if wrong:
+        assert "compute capability {}.{}".format(*capability or ()) in refused(make_config(KV))
+    else:
+        assert engine_for(make_config(KV)) is not None
 
 
 def layer(**changes: Any) -> Any:
@@ -158,7 +174,7 @@ def test_every_rule_has_a_test_here() -> None:
     names = {rule.name for rule in (*refusals.KV_RULES, *refusals.POLICY_RULES)}
     assert names == {
         "mla", "encoder", "attention_free", "mm_prefix", "rswa", "non_causal", "kv_cache_dtype", "kv_transfer",
-        "speculative", "context_parallel", "pipeline", "kv_sharing", "cuda_backend", "cuda_graphs",
+        "speculative", "context_parallel", "pipeline", "kv_sharing", "kernels", "cuda_backend",
         "policy_processor", "policy_speculative",
     }  # fmt: skip
 
