@@ -88,6 +88,22 @@ def test_command(command: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_hugging_face_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    monkeypatch.chdir(ROOT)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    inputs = {**tokenizer("The capital of France is", return_tensors="pt"), "max_new_tokens": 8, "do_sample": False}
+    names = {"model": model, "inputs": inputs}
+    exec(block, names)  # the README's own text
+    cache = names["cache"]
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 7
+    assert cache.nbytes > 0
+
+
+@pytest.mark.slow
 def test_the_server_answers(tmp_path: Path) -> None:
     (command,) = [c for c in commands() if c.startswith("jettison serve ")]
     with socket.socket() as probe:
