@@ -12,7 +12,7 @@ struct Quantised {
   uint16_t meta[2];  // fp16 scale, zero
 };
 
-// See reference.quantise: zero rounded down, scale rounded up, so no code is clipped; of a rotated row at 2 bits the
+// See codec.quantise: zero rounded down, scale rounded up, so no code is clipped; of a rotated row at 2 bits the
 // codes span the middle three quarters of the range.
 inline void quantise(const float* row, int size, int bits, bool rotated, Quantised* out) {
   F low = fload(row), high = low, poison = fzero();

@@ -1,6 +1,6 @@
 // One warp, 32 tokens, all columns of an item: scores, online softmax, weighted values, in registers.
 #pragma once
-#include "attention.cuh"
+#include "step_data.cuh"
 
 namespace jt {
 
@@ -17,13 +17,8 @@ struct Attend {
   float total[COLS];             // sum of the query's channels, in log2 units of the score
   bool pending;                  // some column has no maximum yet
 
-  struct Data {
-    u32 k[2][2][K::words], v[2][2][V::words];
-    u32 key_scale[SUB][2], value_scale[SUB][2];  // fp16 scale, zero above it
-  };
+  using Data = StepData<S>;
 
-  static JT_DEVICE int lane_group() { return (thread() & 31) >> 2; }
-  static JT_DEVICE int quarter() { return thread() & 3; }
   static JT_DEVICE int column(int c) { return S::PAIR ? 2 * (quarter() & 1) + c : 8 * (c / 2) + 2 * quarter() + (c & 1); }
 
   JT_DEVICE void begin(const AttentionArgs& a) {
@@ -67,53 +62,6 @@ struct Attend {
       total[2 * n] = shuffle(sum, 8 * (S::PAIR ? t & 1 : t));
       total[2 * n + 1] = shuffle(sum, 8 * (S::PAIR ? t & 1 : t) + 4);
     }
-  }
-
-  static JT_DEVICE void load(Data& data, const u8* step) {
-    const int g = lane_group(), t = quarter();
-#pragma unroll
-    for (int u = 0; u < 2; u++)
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        K::load(data.k[u][r], step + u * P::tile, g + 8 * r, t);
-        V::load(data.v[u][r], step + u * P::tile, r, g, t);
-      }
-  }
-
-  // Scales and zeros of tokens g and g + 8.
-  static JT_DEVICE void load_scales(Data& data, const u8* step) {
-    constexpr int words = P::meta ? P::meta / 2 : 1;
-    if constexpr (P::meta == 0) return;
-#pragma unroll
-    for (int u = 0; u < SUB; u++) {
-      u32 x[words];
-      load_words<words>(x, step + (S::PAIR ? quarter() >> 1 : u) * P::tile + P::meta_start + lane_group() * 2 * P::meta);
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        if constexpr (KB < 16) data.key_scale[u][r] = x[r * (P::meta / 4)];
-        if constexpr (VB < 16) data.value_scale[u][r] = x[r * (P::meta / 4) + P::meta / 4 - 1];
-      }
-    }
-  }
-
-  // Outside [from, to) a page may hold anything, NaN too, and 0 * NaN is NaN: take zeros.
-  static JT_DEVICE void clear_outside(Data& data, i32 token, i32 from, i32 to) {
-    auto outside = [&](i32 at) { return at < from || at >= to; };
-#pragma unroll
-    for (int u = 0; u < SUB; u++)
-#pragma unroll
-      for (int r = 0; r < 2; r++)
-        if (outside(token + 16 * (S::PAIR ? quarter() >> 1 : u) + lane_group() + 8 * r)) data.key_scale[u][r] = data.value_scale[u][r] = 0;
-    if constexpr (VB < 16) return;
-#pragma unroll
-    for (int u = 0; u < 2; u++)
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const i32 even = token + 16 * u + 8 * r + 2 * quarter();
-        const u32 keep = (outside(even) ? 0u : 0x0000ffffu) | (outside(even + 1) ? 0u : 0xffff0000u);
-#pragma unroll
-        for (int w = 0; w < V::words; w++) data.v[u][r][w] &= keep;
-      }
   }
 
   // s[u][n][e] = query . codes of tile u; e: token g + 8 * (e / 2), column 8 * n + 2 * t + e % 2

@@ -25,14 +25,14 @@ struct Decode {
       const u8* slot = S::slot(warp, ring.slot);
       barrier_wait(S::barrier(warp, ring.slot), ring.phases >> ring.slot & 1);
       ring.phases ^= 1u << ring.slot;
-      typename Attend<S>::Data data;
-      state.load(data, slot);
-      state.load_scales(data, slot);
+      StepData<S> data;
+      data.load(slot);
+      data.load_scales(slot);
       if constexpr (S::EARLY) {
         sync_warp();
         if (i + STAGES < feed.steps) feed.issue(i + STAGES, ring.slot);
       }
-      if (edge) state.clear_outside(data, token, piece.readable, piece.e.len);
+      if (edge) data.clear_outside(token, piece.readable, piece.e.len);
       state.step(data, token, edge, a, piece.e);
       if constexpr (!S::EARLY) {
         sync_warp();

@@ -9,7 +9,7 @@ struct Row {
   static constexpr int N = D / 32, block = D & -D;
   static_assert(D % 32 == 0, "head sizes that are multiples of 32");
 
-  // Orthonormal block Hadamard transform, its own inverse, rounding in the order of csrc/reference.py.
+  // Orthonormal block Hadamard transform, its own inverse, rounding in the order of csrc/codec.py.
   static JT_DEVICE void rotate(float (&x)[N]) {
     const int lane = thread() & 31;
 #pragma unroll

@@ -1,5 +1,5 @@
 // Quantise, rotate and pack new keys and values into their pages: one warp per token, head and side, in one pass.
-// Codes, scales and zeros are bit for bit those of csrc/reference.py. Tokens share no byte, so nothing is atomic.
+// Codes, scales and zeros are bit for bit those of csrc/codec.py. Tokens share no byte, so nothing is atomic.
 #pragma once
 #include "rows.cuh"
 
@@ -38,7 +38,7 @@ struct Store {
       low = smaller(low, shuffle_xor(low, s));
       high = larger(high, shuffle_xor(high, s));
     }
-    if (ROTATE && bits == 2) {  // reference.range_share
+    if (ROTATE && bits == 2) {  // codec.range_share
       const float cut = times(high - low, 0.125f);
       low = low + cut, high = high - cut;
     }

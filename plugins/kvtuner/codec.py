@@ -1,6 +1,6 @@
 """The cache's codec on whole sequences: what a key or value reads back as, in plain torch.
 
-One definition only: the scales, codes and rotation are those of `jettison.csrc.reference`.
+One definition only: the scales, codes and rotation are those of `jettison.csrc.codec`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jettison.csrc.reference import hadamard, quantise, range_share
+from jettison.csrc.codec import hadamard, quantise, range_share
 
 
 def round_trip(x: Tensor, bits: int, *, share: float = 1.0) -> Tensor:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jettison.csrc.codec import hadamard
 from jettison.csrc.layout import PageLayout
-from jettison.csrc.reference import hadamard
 from jettison.hooks.errors import ConfigError
 from jettison.plugins.kvtuner.codec import rotated_round_trip, round_trip
 
@@ -62,7 +62,7 @@ class PerToken:
         return side_bytes(head_size, self.width)
 
     def round_trip(self, x: Tensor) -> Tensor:
-        """Codes of `jettison.csrc.reference.quantise`, read back."""
+        """Codes of `jettison.csrc.codec.quantise`, read back."""
         return rotated_round_trip(x, self.width, rotate=self.rotate)
 
 

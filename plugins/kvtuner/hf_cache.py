@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from jettison.csrc.reference import encode_keys, hadamard, range_share
+from jettison.csrc.codec import encode_keys, hadamard, range_share
 from jettison.hooks.errors import ConfigError
 from jettison.hooks.types import KVFormat
 from jettison.plugins.kvtuner.artefact import Pair

@@ -1,6 +1,6 @@
 """Growing tensors with real bit packing: what the Hugging Face caches of this plugin store their tokens in.
 
-Scales, zeros and codes are those of `jettison.csrc.reference`, so a token reads back as it does from an engine's page;
+Scales, zeros and codes are those of `jettison.csrc.codec`, so a token reads back as it does from an engine's page;
 only the order of the bytes differs (plain rows here, tiles for kernels there).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jettison.csrc.reference import quantise
+from jettison.csrc.codec import quantise
 
 STEP = 64
 """Tokens that a store grows by: at most 63 are spare, and a token is copied once per 64 that follow."""
@@ -91,7 +91,7 @@ class PackedRows:
         bits: 8, 4 or 2 per element.
         group: elements per scale, a divisor of W; None for whole rows.
         step: rows that the store grows by.
-        share: part of a piece's range that its codes span; see `jettison.csrc.reference.range_share`.
+        share: part of a piece's range that its codes span; see `jettison.csrc.codec.range_share`.
     """
 
     def __init__(self, bits: int, group: int | None = None, step: int = STEP, *, share: float = 1.0) -> None:

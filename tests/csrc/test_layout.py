@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from jettison.csrc import reference
+from jettison.csrc import codec, reference
 from jettison.csrc.layout import SUPPORTED_BITS, TILE_TOKENS, PageLayout
 
 HEAD_SIZES = range(32, 257, 16)
@@ -64,7 +64,7 @@ def test_block_sizes_that_cut_tiles_are_refused(block_size):
 def test_packed_unpacked_packed_is_the_identity_on_every_byte_pair():
     pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256)).to(torch.uint8)
     for bits in (2, 4, 8):
-        codes = reference._unpack_codes(pairs, bits)
-        assert torch.equal(reference._pack_codes(codes.to(torch.uint8), bits), pairs), f"{bits} bits"
+        codes = codec.unpack_codes(pairs, bits)
+        assert torch.equal(codec.pack_codes(codes.to(torch.uint8), bits), pairs), f"{bits} bits"
         assert codes.max() == 2**bits - 1
     assert TILE_TOKENS == 16

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from jettison.csrc import ops, reference
+from jettison.csrc import codec, ops, reference
 from jettison.csrc.layout import SUPPORTED_BITS, PageLayout
 
 FAMILIES = {
@@ -22,7 +22,7 @@ FAMILIES = {
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a1_error_is_at_most_half_a_step(family, bits):
     x = FAMILIES[family](torch.Generator().manual_seed(bits))
-    codes, scale, zero = reference.quantise(x, bits)
+    codes, scale, zero = codec.quantise(x, bits)
     error = (x.double() - (codes.double() * scale.double()[:, None] + zero.double()[:, None])).abs()
     bound = scale.double()[:, None] * (0.5 + 1e-5) + x.abs().double() * 1e-6
     assert (error <= bound).all(), f"{family} {bits} bits: {(error - bound).max():.3e} above the bound"
@@ -31,16 +31,16 @@ def test_a1_error_is_at_most_half_a_step(family, bits):
 def test_rotated_rows_at_2_bits_span_the_middle_of_their_range():
     """By hand: -8 to 8, of which three quarters are -6 to 6, so the levels are -6, -2, 2, 6."""
     row = torch.tensor([-8.0, -5.0, -3.0, 0.5, 3.5, 4.5, 7.0, 8.0])
-    codes, scale, zero = reference.quantise(row, 2, reference.range_share(2, rotate=True))
+    codes, scale, zero = codec.quantise(row, 2, codec.range_share(2, rotate=True))
     assert (float(scale), float(zero)) == (4.0, -6.0)
     assert codes.tolist() == [0, 0, 1, 2, 2, 3, 3, 3]
-    assert [reference.range_share(b, rotate=r) for b in (8, 4, 2) for r in (True, False)] == [1, 1, 1, 1, 0.75, 1]
+    assert [codec.range_share(b, rotate=r) for b in (8, 4, 2) for r in (True, False)] == [1, 1, 1, 1, 0.75, 1]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a1_constant_rows_are_exact(bits):
     x = torch.tensor([0.0, 1.5, -3.25, 40.0, -0.001])[:, None].bfloat16().float().expand(-1, 64)
-    codes, scale, zero = reference.quantise(x, bits)
+    codes, scale, zero = codec.quantise(x, bits)
     read = codes * scale.float()[:, None] + zero.float()[:, None]
     assert torch.equal(read[:4], x[:4])
     assert (read[4] - x[4]).abs().max() <= scale[4].float() / 2
@@ -49,9 +49,9 @@ def test_a1_constant_rows_are_exact(bits):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a1_quantising_again_changes_nothing(bits):
     x = torch.randn(256, 64, generator=torch.Generator().manual_seed(1))
-    codes, scale, zero = reference.quantise(x, bits)
+    codes, scale, zero = codec.quantise(x, bits)
     read = codes * scale.float()[:, None] + zero.float()[:, None]
-    again = reference.quantise(read, bits)
+    again = codec.quantise(read, bits)
     error = (again[0] * again[1].float()[:, None] + again[2].float()[:, None] - read).abs().max()
     assert error <= scale.float().max() * 2**-9, f"{bits} bits: drifted by {error:.2e}"
 
@@ -62,7 +62,7 @@ def test_a2_a_row_does_not_see_its_neighbours():
     louder = x.clone()
     louder[11, 1] *= 100
     for bits in (2, 4, 8):
-        for before, after in zip(reference.quantise(x, bits), reference.quantise(louder, bits), strict=True):
+        for before, after in zip(codec.quantise(x, bits), codec.quantise(louder, bits), strict=True):
             changed = (before != after).reshape(37, 3, -1).any(-1).nonzero().tolist()
             assert changed in ([[11, 1]], []), f"{bits} bits: rows {changed} changed"
 
@@ -70,7 +70,7 @@ def test_a2_a_row_does_not_see_its_neighbours():
 def test_hand_computed_row():
     """0..15 in 4 bits: scale 1, zero 0, codes are the values."""
     row = torch.arange(16.0).repeat(4)[None]
-    codes, scale, zero = reference.quantise(row, 4)
+    codes, scale, zero = codec.quantise(row, 4)
     assert torch.equal(codes[0].float(), row[0])
     assert (scale.item(), zero.item()) == (1.0, 0.0)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from jettison.csrc import reference
+from jettison.csrc.codec import hadamard
 from jettison.csrc.layout import PageLayout
 from jettison.plugins.kvtuner.capture import causal_attention
 from jettison.plugins.kvtuner.codec import round_trip, store_keys, store_values
@@ -27,7 +28,7 @@ def test_what_is_measured_is_what_a_page_returns(bits, rotate, sinks, channels, 
     reference.kv_store(*rows, cache, torch.arange(tokens), layout, **codec)
     keys, values = reference.unpack(cache, torch.arange(3), layout, torch.bfloat16)
     if bits < 16:
-        keys, values = (reference.hadamard(x) if rotate else x for x in (keys, values))
+        keys, values = (hadamard(x) if rotate else x for x in (keys, values))
         keys = keys * scale + center if channels else keys
     stored_key = store_keys(key, bits, rotate=rotate, sink_tokens=sinks, center=center, scale=scale)
     stored_value = store_values(value, bits, rotate=rotate, sink_tokens=sinks)

@@ -4,8 +4,8 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 
+from jettison.csrc.codec import hadamard
 from jettison.csrc.layout import PageLayout
-from jettison.csrc.reference import hadamard
 from jettison.hooks import ConfigError, KVFormat
 from jettison.plugins.kvtuner import codecs
 from jettison.plugins.kvtuner.capture import intercept

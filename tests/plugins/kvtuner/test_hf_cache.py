@@ -7,6 +7,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from jettison.csrc import reference
+from jettison.csrc.codec import hadamard
 from jettison.csrc.layout import PageLayout
 from jettison.hooks.errors import ConfigError
 from jettison.hooks.types import KVFormat
@@ -73,7 +74,7 @@ def test_a_token_reads_back_as_from_an_engines_page(pair, rotate, channels, dtyp
     reference.kv_store(*rows, cache, torch.arange(37), layout, **codec)
     sixteen = torch.float16 if dtype == torch.float16 else torch.bfloat16
     expected = [x[:37].transpose(0, 1) for x in reference.unpack(cache, torch.arange(3), layout, sixteen)]
-    back = [reference.hadamard(x) if rotate and bits < 16 else x for x, bits in zip(expected, pair, strict=True)]
+    back = [hadamard(x) if rotate and bits < 16 else x for x, bits in zip(expected, pair, strict=True)]
     if channels and pair[0] < 16:
         back[0] = back[0] * scale[:, None] + center[:, None]
     form = KVFormat(

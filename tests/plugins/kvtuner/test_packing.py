@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jettison.csrc.reference import quantise
+from jettison.csrc.codec import quantise
 from jettison.plugins.kvtuner.packing import STEP, PackedRows, Rows, pack, unpack
 
 
