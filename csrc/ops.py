@@ -224,11 +224,11 @@ def _packed_attention_cuda(
     query, cache, output, query_start_loc, seq_lens, block_table, scale, key_bits, value_bits, sink_tokens, rotate,
     key_scale, window, softcap, sinks, max_query_len=0, workspace=None, planned=False,
 ) -> None:  # fmt: skip
-    from .cuda import launch
+    from .cuda import launch, variants
 
     layout = PageLayout(query.shape[-1], key_bits, value_bits, sink_tokens)
     options = {"scale": scale, "rotate": rotate, "key_scale": key_scale, "window": window, "softcap": softcap}
-    if 0 < max_query_len <= launch.MAX_DECODE_QUERIES and query.dtype != torch.float32:
+    if 0 < max_query_len <= variants.MAX_DECODE_QUERIES and query.dtype != torch.float32:
         launch.decode(
             query, cache, output, query_start_loc, seq_lens, block_table, layout, sinks=sinks,
             max_query_len=max_query_len, workspace=workspace, planned=planned, **options,

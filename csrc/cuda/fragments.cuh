@@ -89,11 +89,6 @@ struct ValuePair {
     }
   }
   static constexpr JT_DEVICE int registers(int w) { return split && w == 1 ? 4 : per_word; }
-  // channel of register i (counted over all words) in lane group g
-  static constexpr JT_DEVICE int channel(int g, int i) {
-    if (!split) return g * (D / 8) + i;
-    return (g >> 1) * 24 + (i < 8 ? (g & 1) * 16 + i : (g & 1 ? 4 : 0) + i);
-  }
   static constexpr JT_DEVICE int exponent_of(int i) { return exponent<B>(split && i >= 8 ? i - 8 : i % per_word); }
 };
 

@@ -17,7 +17,6 @@ from .variants import Element, Variant
 
 ELEMENTS: dict[torch.dtype, Element] = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 MAX_PLACES = 8
-MAX_DECODE_QUERIES = 16
 _COUNTER = 4  # bytes
 MIN_STEPS = 16
 """Least 32-token steps that are worth a block of their own."""

@@ -139,9 +139,6 @@ JT_DEVICE float load_fresh(const float* p) {
   asm volatile("ld.global.cg.f32 %0,[%1];" : "=f"(v) : "l"(p) : "memory");
   return v;
 }
-JT_DEVICE void load_fresh4(float (&v)[4], const float* p) {
-  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3},[%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "l"(p) : "memory");
-}
 
 }  // namespace jt
 

@@ -16,7 +16,8 @@ from jettison.csrc.layout import PageLayout
 Element = Literal["f32", "bf16", "f16"]
 
 HEAD_SIZES = (64, 96, 128, 256)
-MAX_COLUMNS = 16
+MAX_DECODE_QUERIES = 16
+"""New tokens per sequence that the decode kernel takes."""
 SHARED_PER_SM = 227 * 1024
 RESERVED_PER_BLOCK = 1024
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from jettison.csrc.cuda.variants import MAX_DECODE_QUERIES
 from jettison.hooks.errors import EnvironmentRefused
 from jettison.hooks.vllm import compat
 
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
 
 HOPPER = (9, 0)
 """Compute capability that the CUDA kernels are written for and tested on."""
-
-MAX_DECODE_QUERIES = 16
-"""New tokens per sequence that the CUDA kernel of decode steps takes."""
 
 POLICY_PROCESSOR = "jettison.hooks.vllm.policies:PolicyProcessor"
 

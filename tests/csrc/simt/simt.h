@@ -219,6 +219,5 @@ inline void bulk_copy(void* to, const void* from, u32 bytes, u64*, Policy) {
 }
 inline void shared_before_bulk() {}
 inline float load_fresh(const float* p) { return *p; }
-inline void load_fresh4(float (&v)[4], const float* p) { std::memcpy(v, p, 16); }
 
 }  // namespace jt
