@@ -178,10 +178,12 @@ struct Attend {
     pending = any(unset);
   }
 
-  // Add the 32 tokens from `token` on; `edge` if some column does not see all of them.
-  JT_DEVICE void step(const Data& data, i32 token, bool edge, const AttentionArgs& a, const Entry& entry) {
+  // Add the 32 tokens from `token` on; `edge` if some column does not see all of them. The values are still in `slot`
+  // where the ring is refilled late: registers are short.
+  JT_DEVICE void step(Data& data, const u8* slot, i32 token, bool edge, const AttentionArgs& a, const Piece& piece) {
     const int g = lane_group();
     float s[2][NT][4], v[SUB][NT][4];
+    if (edge) data.clear_scales(token, piece.readable, piece.e.len);
     multiply_keys(data, s);
     float top = -infinity();
 #pragma unroll
@@ -191,7 +193,7 @@ struct Attend {
 #pragma unroll
         for (int e = 0; e < 4; e++) v[u][n][e] = S::PAIR && quarter() >= 2 ? s[1][n][e] : s[u][n][e];
     scale_scores(v, data, a);
-    if (edge) hide(v, token, a, entry);
+    if (edge) hide(v, token, a, piece.e);
 #pragma unroll
     for (int u = 0; u < SUB; u++)
 #pragma unroll
@@ -200,6 +202,8 @@ struct Attend {
         for (int e = 0; e < 4; e++) top = larger(top, v[u][n][e]);
     // Lazily: powers up to 2^8 do no harm.
     if (any(top > 8.f) || pending) rescale(v);
+    if constexpr (!S::EARLY) data.load_values(slot);
+    if (edge) data.clear_values(token, piece.readable, piece.e.len);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
       u32 b[SUB][2];

@@ -34,12 +34,18 @@ struct Piece {
   i32 opens;                 // the first of its block
   i32 readable;              // first token that some column sees; before it a page may hold anything
   i32 inner_from, inner_to;  // all columns see all of these tokens, and none is a sink
-  i32 padding[3];
+  i32 left;                  // of the block's range after this piece; nothing if not above 0
+  i32 item_cost;
+  i32 padding;
   JT_DEVICE bool whole() const { return e.begin == 0 && end == e.steps; }
+  // First step of share `i` of `n`.
+  JT_DEVICE i32 share(i32 i, i32 n) const { return e.begin + (end - e.begin) * i / n; }
 
-  JT_DEVICE void set(const Entry& entry, i32 steps_left, bool first, i32 window, i32 sinks) {
+  JT_DEVICE void set(const Entry& entry, i32 range, i32 cost, bool first, i32 window, i32 sinks) {
     e = entry;
-    end = smaller(e.steps, e.begin + steps_left);
+    end = smaller(e.steps, e.begin + range);
+    left = range - (end - e.begin) - cost;
+    item_cost = cost;
     opens = first;
     inner_to = e.len - e.queries + 1;
     readable = window > 0 ? larger(0, inner_to - window) : 0;
@@ -84,7 +90,7 @@ struct Shape {
   // Rows of the query start 4 banks apart, channels 32 apart 1 bank apart: fragments are read without conflicts.
   static constexpr int query_row = (D + D / 32 + 27) / 32 * 32 + 4, query_bytes = NC * query_row * 4;
   static constexpr int barrier_bytes = W * STAGES * 8;
-  static constexpr int piece_start = query_bytes + (barrier_bytes + 15) / 16 * 16, fixed_bytes = piece_start + 2 * sizeof(Piece) + 16;
+  static constexpr int piece_start = query_bytes + (barrier_bytes + 15) / 16 * 16, fixed_bytes = piece_start + 4 * sizeof(Piece) + 32;
   // Where shared memory suffices, the parts have a place of their own and the next piece is fetched during the merge.
   static constexpr bool OVERLAP = ring + parts_bytes + fixed_bytes + 1024 <= 227 * 1024 / PLACES;
   static constexpr int ring_bytes = OVERLAP || ring > parts_bytes ? ring : (parts_bytes + 15) / 16 * 16;
@@ -94,7 +100,7 @@ struct Shape {
   static JT_DEVICE float* query(int c, int d) { return (float*)(shared_memory() + ring_bytes) + c * query_row + d + d / 32; }
   static JT_DEVICE u64* barrier(int warp, int i) { return (u64*)(shared_memory() + ring_bytes + query_bytes) + warp * STAGES + i; }
   static JT_DEVICE Piece& piece(int i) { return ((Piece*)(shared_memory() + ring_bytes + piece_start))[i]; }
-  static JT_DEVICE i32* note() { return (i32*)&piece(2); }
+  static JT_DEVICE i32* note(int i) { return (i32*)&piece(4) + 4 * i; }
   static JT_DEVICE float* part_memory() { return (float*)(shared_memory() + (OVERLAP ? ring_bytes + fixed_bytes : 0)); }
 
   // A part per warp: sums of NC columns x D channels, then their moments. Register i of a column of lane group g lies

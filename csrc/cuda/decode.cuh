@@ -17,7 +17,7 @@ struct Decode {
 
   static JT_DEVICE void attend(const AttentionArgs& a, const Piece& piece, Attend<S>& state, Feed<S>& feed, Ring& ring) {
     const int warp = thread() >> 5;
-    i32 token = kStep * (piece.e.first + feed.begin);
+    i32 token = kStep * (piece.e.first + piece.share(warp, S::W));
     const i32 from = piece.inner_from, to = piece.inner_to - kStep;
 #pragma unroll 1
     for (i32 i = 0; i < feed.steps; i++, token += kStep) {
@@ -26,28 +26,31 @@ struct Decode {
       barrier_wait(S::barrier(warp, ring.slot), ring.phases >> ring.slot & 1);
       ring.phases ^= 1u << ring.slot;
       StepData<S> data;
-      data.load(slot);
+      data.load_keys(slot);
       data.load_scales(slot);
       if constexpr (S::EARLY) {
+        data.load_values(slot);
         sync_warp();
-        if (i + STAGES < feed.steps) feed.issue(i + STAGES, ring.slot);
+        if (i + STAGES < feed.steps) feed.issue(piece, i + STAGES, ring.slot);
       }
-      if (edge) data.clear_outside(token, piece.readable, piece.e.len);
-      state.step(data, token, edge, a, piece.e);
+      state.step(data, slot, token, edge, a, piece);
       if constexpr (!S::EARLY) {
         sync_warp();
-        if (i + STAGES < feed.steps) feed.issue(i + STAGES, ring.slot);
+        if (i + STAGES < feed.steps) feed.issue(piece, i + STAGES, ring.slot);
       }
       ring.slot = ring.slot + 1 == STAGES ? 0 : ring.slot + 1;
     }
   }
 
+  // Memory is slow under this kernel's own load, so what a piece needs is asked for before the last one is put away.
   static JT_DEVICE void run(const AttentionArgs& a) {
     const int warp = thread() >> 5, lane = thread() & 31;
     const Entry& entry = a.entries[block()];
-    i32 left = entry.count;
-    if (left == 0) return;
-    if (thread() == 0) S::piece(0).set(entry, left, true, a.batch.window, S::SINKS);
+    if (entry.count <= 0) return;
+    if (thread() == 0) {
+      S::piece(0).set(entry, entry.count, a.header->item_cost, true, a.batch.window, S::SINKS);
+      S::piece(kOpening) = S::piece(0);
+    }
     if (lane == 0) {
       for (int i = 0; i < STAGES; i++) barrier_init(S::barrier(warp, i), 2);
       barrier_publish();
@@ -55,37 +58,46 @@ struct Decode {
     sync_block();
     Feed<S> feed(a, read_once());
     Ring ring;
-    feed.open(&S::piece(0), ring.slot);
-    for (int current = 0;; current ^= 1) {
-      const Piece& piece = S::piece(current);
+    typename Merge<S>::Rows rows;
+    Merge<S>{a, S::piece(0)}.fetch_query(rows);
+    feed.turn_to(S::piece(0));
+    feed.open(S::piece(0), ring.slot);
+    for (int current = 0;; current = current == 2 ? 0 : current + 1) {
+      const Piece &piece = S::piece(current), &following = S::piece(current == 2 ? 0 : current + 1);
       const Merge<S> merge{a, piece};
-      left -= piece.end - piece.e.begin;
-      merge.load_query();
-      if (thread() == 0 && left > 0) {
+      if (thread() == 0 && piece.left > 0) {
         Entry next = piece.e;
-        Items<S::NC>{a.batch}.advance(next);
-        S::piece(current ^ 1).set(next, left, false, a.batch.window, S::SINKS);
+        Items<S::NC>{a.batch}.advance(next, piece.item_cost);
+        S::piece(current == 2 ? 0 : current + 1).set(next, piece.left, piece.item_cost, false, a.batch.window, S::SINKS);
       }
+      merge.put_query(rows);
       sync_block();
       Attend<S> state;
       state.begin(a);
       attend(a, piece, state, feed, ring);
-      if constexpr (S::OVERLAP) {
-        sync_warp();
-        if (left > 0) feed.open(&S::piece(current ^ 1), ring.slot);
+      sync_warp();
+      const bool more = piece.left > 0;
+      if (more) {
+        Merge<S>{a, following}.fetch_query(rows);
+        feed.turn_to(following);
       }
       state.settle();
       if constexpr (!S::OVERLAP) sync_block();
       state.write_part();
+      if constexpr (S::OVERLAP)
+        if (more) feed.open(following, ring.slot);
       merge.attend_sinks();
       sync_block();
       merge.combine();
-      if (left == 0) return;
-      if constexpr (!S::OVERLAP) shared_before_bulk();
-      sync_block();
-      if constexpr (!S::OVERLAP) feed.open(&S::piece(current ^ 1), ring.slot);
+      if (!more) return Merge<S>::close(a, S::piece(kOpening), piece);
+      if constexpr (!S::OVERLAP) {
+        shared_before_bulk();
+        sync_block();
+        feed.open(following, ring.slot);
+      }
     }
   }
+  static constexpr int kOpening = 3;  // the place of the first piece; the others take places 0 to 2 in turn
 };
 
 }  // namespace jt

@@ -9,42 +9,41 @@ namespace jt {
 template <class S>
 struct Feed {
   const AttentionArgs& a;
-  const Piece* piece;
   const u8* mine;
-  i32 next;                      // page of this lane's tile in the 32 after the current ones
-  i32 begin, steps;              // the warp's share of the piece, in steps of the item
-  i32 available;                 // tiles from the share's first until the sequence ends
+  i32 page, next;        // of this lane's tile in the current 32 and in those after them
+  i32 steps, available;  // of the warp's share: steps; tiles from its first until the sequence ends
   Policy policy;
 
   JT_DEVICE Feed(const AttentionArgs& args, Policy p) : a(args), policy(p) {}
 
-  // Turn to the warp's share of a piece and fill the ring from `slot` on.
-  JT_DEVICE void open(const Piece* p, int slot) {
-    piece = p;
+  // Turn to the warp's share of a piece: its page numbers are on their way.
+  JT_DEVICE void turn_to(const Piece& piece) {
     const int lane = thread() & 31, warp = thread() >> 5;
-    const i32 length = p->end - p->e.begin;
-    begin = p->e.begin + length * warp / S::W;
-    steps = p->e.begin + length * (warp + 1) / S::W - begin;
-    available = (p->e.len + 15) / 16 - origin();
-    mine = address(page_of(lane), lane);
-    next = page_of(32 + lane);
+    steps = piece.share(warp + 1, S::W) - piece.share(warp, S::W);
+    available = (piece.e.len + 15) / 16 - origin(piece);
+    page = page_of(piece, lane);
+    next = page_of(piece, 32 + lane);
+  }
+  // Fill the ring from `slot` on.
+  JT_DEVICE void open(const Piece& piece, int slot) {
+    mine = address(piece, page, thread() & 31);
 #pragma unroll 1
-    for (int i = 0; i < S::STAGES && i < steps; i++) issue(i, (slot + i) % S::STAGES);
+    for (int i = 0; i < S::STAGES && i < steps; i++) issue(piece, i, (slot + i) % S::STAGES);
   }
-  JT_DEVICE i32 origin() const { return 2 * (piece->e.first + begin); }
-  JT_DEVICE i32 page_of(i32 tile) const {
-    const i32* table = a.block_table + (i64)piece->e.seq * a.table_stride;
-    return tile < smaller(available, 2 * steps) ? table[(origin() + tile) / a.page_tiles] : 0;
+  static JT_DEVICE i32 origin(const Piece& piece) { return 2 * (piece.e.first + piece.share(thread() >> 5, S::W)); }
+  JT_DEVICE i32 page_of(const Piece& piece, i32 tile) const {
+    const i32* table = a.block_table + (i64)piece.e.seq * a.table_stride;
+    return tile < smaller(available, 2 * steps) ? table[(origin(piece) + tile) / a.page_tiles] : 0;
   }
-  JT_DEVICE const u8* address(i32 page, i32 tile) const {
-    return a.cache + piece->e.head * a.head_stride + (i64)page * a.block_stride + (i64)((origin() + tile) % a.page_tiles) * S::P::tile;
+  JT_DEVICE const u8* address(const Piece& piece, i32 page, i32 tile) const {
+    return a.cache + piece.e.head * a.head_stride + (i64)page * a.block_stride + (i64)((origin(piece) + tile) % a.page_tiles) * S::P::tile;
   }
-  JT_DEVICE void issue(i32 step, int slot) {
+  JT_DEVICE void issue(const Piece& piece, i32 step, int slot) {
     const int lane = thread() & 31, warp = thread() >> 5;
     const i32 tile = 2 * step;
     if (tile && tile % 32 == 0) {
-      mine = address(next, tile + lane);
-      next = page_of(tile + 32 + lane);
+      mine = address(piece, next, tile + lane);
+      next = page_of(piece, tile + 32 + lane);
     }
     const int turn = (lane - tile) & 31;
     if (turn < 2) {

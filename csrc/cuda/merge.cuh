@@ -14,19 +14,34 @@ struct Merge {
 
   static JT_DEVICE float weight(float m, float top) { return m == -infinity() ? 0.f : exp2_fast(m - top); }
 
-  // A query row, scaled and rotated as the keys are, into shared memory.
-  JT_DEVICE void load_query() const {
-    const int warp = thread() >> 5, lane = thread() & 31;
+  // The piece's query rows on their way: each warp loads whole rows.
+  struct Rows {
+    static constexpr int count = (NC + W - 1) / W;
+    float x[count][N];
+  };
+  JT_DEVICE void fetch_query(Rows& rows) const {
 #pragma unroll
-    for (int c = warp; c < NC; c += W) {
+    for (int k = 0; k < Rows::count; k++) {
+      const int c = (thread() >> 5) + k * W, lane = thread() & 31;
       const Column col = column_of<NC>(a, piece.e, c);
-      float x[N];
+      const i64 row = col.token * a.query_stride + (i64)col.head * a.query_head_stride;
 #pragma unroll
-      for (int i = 0; i < N; i++) {
-        const int d = L::channel(lane, i);
-        x[i] = col.token < 0 ? 0.f : load_element<S::T>(a.query, col.token * a.query_stride + (i64)col.head * a.query_head_stride + d);
-        if (S::KB < 16 && a.key_scale) x[i] *= a.key_scale[piece.e.head * D + d];
-      }
+      for (int i = 0; i < N; i++)
+        rows.x[k][i] = c >= NC || col.token < 0 ? 0.f : load_element<S::T>(a.query, row + L::channel(lane, i));
+    }
+  }
+  // Into shared memory, scaled and rotated as the keys are.
+  JT_DEVICE void put_query(Rows& rows) const {
+#pragma unroll
+    for (int k = 0; k < Rows::count; k++) {
+      const int c = (thread() >> 5) + k * W, lane = thread() & 31;
+      if (c >= NC) break;
+      float(&x)[N] = rows.x[k];
+      if constexpr (S::KB < 16)
+        if (a.key_scale) {
+#pragma unroll
+          for (int i = 0; i < N; i++) x[i] *= a.key_scale[piece.e.head * D + L::channel(lane, i)];
+        }
       if constexpr (S::KB < 16 && S::ROTATE) L::rotate(x);
 #pragma unroll
       for (int i = 0; i < N; i++) *S::query(c, L::channel(lane, i)) = x[i];
@@ -129,46 +144,52 @@ struct Merge {
         if (lane == 0) a.moments[2 * row] = top, a.moments[2 * row + 1] = l;
       }
     }
-    if (!whole) merge();
   }
 
-  // The block that comes last to an item merges what all of them left in global memory.
-  JT_DEVICE void merge() const {
-    const int warp = thread() >> 5, lane = thread() & 31;
-    i32* note = S::note();
+  // What the block left in global memory of items that others work on too, its opening and its closing piece: the block
+  // that comes last to an item merges it. Done once, at the end, so that no block waits for memory between pieces.
+  static JT_DEVICE void close(const AttentionArgs& a, const Piece& opening, const Piece& closing) {
+    const bool shares[2] = {!opening.whole(), !closing.opens && !closing.whole()};
+    if (!shares[0] && !shares[1]) return;
     publish();
     sync_block();
-    if (thread() == 0) {
-      const i64 total = a.header->total, blocks = a.header->blocks, start = (i64)((u64)piece.e.start_high << 32 | piece.e.start_low);
-      const i32 first = owner(start, total, blocks), last = owner(start + piece.e.steps - 1, total, blocks);
-      note[0] = count_up(a.counters + first, last - first) == (u32)(last - first);
-      note[1] = first, note[2] = last;
-      note[3] = 2 * first + (total * first / blocks == start ? 0 : 1);
-    }
+    if (thread() < 2 && shares[thread()]) Merge{a, thread() ? closing : opening}.arrive(S::note(thread()));
     sync_block();
-    if (!note[0]) return;
     publish();
-    const i32 first = note[1], last = note[2], opening = note[3];
-    for (int c = warp; c < NC; c += W) {
-      float top = -infinity(), l = 0.f, x[N];
-#pragma unroll
-      for (int i = 0; i < N; i++) x[i] = 0.f;
-      for (i32 b = first + lane; b <= last; b += 32) top = larger(top, load_fresh(a.moments + 2 * ((i64)(b == first ? opening : 2 * b) * NC + c)));
-#pragma unroll
-      for (int s = 1; s < 32; s *= 2) top = larger(top, shuffle_xor(top, s));
-#pragma unroll 4
-      for (i32 b = first; b <= last; b++) {
-        const i64 row = (i64)(b == first ? opening : 2 * b) * NC + c;
-        const float f = weight(load_fresh(a.moments + 2 * row), top);
-        l += f * load_fresh(a.moments + 2 * row + 1);
-#pragma unroll
-        for (int i = 0; i < N; i++) x[i] += f * load_fresh(a.partial + row * D + i * 32 + lane);
-      }
-      finish(c, x, top, l);
+#pragma unroll 1
+    for (int x = thread() >> 5; x < 2 * NC; x += W) {
+      const int i = x / NC;
+      if (shares[i] && S::note(i)[0]) Merge{a, i ? closing : opening}.merge(x - i * NC, S::note(i));
     }
   }
-  // The block whose range holds step s.
-  static JT_DEVICE i32 owner(i64 s, i64 total, i64 blocks) { return (i32)(((s + 1) * blocks - 1) / total); }
+  // note: am I the last; first and last block of the item; the first one's slot
+  JT_DEVICE void arrive(i32* note) const {
+    const Header& h = *a.header;
+    const i64 item = (i64)((u64)piece.e.start_high << 32 | piece.e.start_low), start = item + h.item_cost;
+    const i32 first = h.owner(start), last = h.owner(start + piece.e.steps - 1);
+    note[0] = count_up(a.counters + first, last - first) == (u32)(last - first);
+    note[1] = first, note[2] = last;
+    note[3] = 2 * first + (h.range(first) >= item ? 0 : 1);
+  }
+  JT_DEVICE void merge(int c, const i32* note) const {
+    const int lane = thread() & 31;
+    const i32 first = note[1], last = note[2], opening = note[3];
+    float top = -infinity(), l = 0.f, x[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = 0.f;
+    for (i32 b = first + lane; b <= last; b += 32) top = larger(top, load_fresh(a.moments + 2 * ((i64)(b == first ? opening : 2 * b) * NC + c)));
+#pragma unroll
+    for (int s = 1; s < 32; s *= 2) top = larger(top, shuffle_xor(top, s));
+#pragma unroll 4
+    for (i32 b = first; b <= last; b++) {
+      const i64 row = (i64)(b == first ? opening : 2 * b) * NC + c;
+      const float f = weight(load_fresh(a.moments + 2 * row), top);
+      l += f * load_fresh(a.moments + 2 * row + 1);
+#pragma unroll
+      for (int i = 0; i < N; i++) x[i] += f * load_fresh(a.partial + row * D + i * 32 + lane);
+    }
+    finish(c, x, top, l);
+  }
 };
 
 }  // namespace jt

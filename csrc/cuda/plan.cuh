@@ -5,12 +5,16 @@
 // block: the load is even whatever the lengths are, and a CUDA graph stays valid while they change. A block's range
 // touches items in *pieces*; only its first and last piece can be part of an item that others work on too, so two slots
 // per block hold all partial results.
+//
+// To begin an item costs about as much as `kItemCost` steps, so that many positions precede its steps in the line that
+// is cut. (Not where all items are equal: then whole items, or equal shares of them, fall to each block.)
 #pragma once
 #include "primitives.cuh"
 
 namespace jt {
 
 constexpr int kStep = 32;
+constexpr int kItemCost = 6;
 
 struct Batch {
   const i32* query_start;
@@ -23,12 +27,16 @@ struct alignas(16) Entry {
   i32 seq, head, tile;                  // item
   i32 len, queries, query_start;        // of the sequence
   i32 first, steps;                     // the item's steps begin at token 32 * first
-  i32 begin, count;                     // the block's first step in the item, its steps in all (0: nothing to do)
-  u32 start_low, start_high;            // number of the item's first step in the batch
+  i32 begin, count;                     // the block's first step in the item; positions from there to its range's end
+  u32 start_low, start_high;            // position of the item
   i32 unused[4];
 };
 struct alignas(16) Header {
-  i64 total, blocks;
+  i64 total;  // positions
+  i32 blocks, item_cost;
+  // The block whose range holds position p.
+  JT_DEVICE i32 owner(i64 p) const { return (i32)(((p + 1) * blocks - 1) / total); }
+  JT_DEVICE i64 range(i32 block) const { return total * block / blocks; }
 };
 
 template <int NC>
@@ -44,8 +52,8 @@ struct Items {
   }
   JT_DEVICE i32 tiles(const Entry& e) const { return (e.queries * b.group + NC - 1) / NC; }
   // The next item that has steps; there is one.
-  JT_DEVICE void advance(Entry& e) const {
-    const u64 start = ((u64)e.start_high << 32 | e.start_low) + e.steps;
+  JT_DEVICE void advance(Entry& e, i32 item_cost) const {
+    const u64 start = ((u64)e.start_high << 32 | e.start_low) + e.steps + item_cost;
     e.start_low = (u32)start, e.start_high = (u32)(start >> 32);
     e.begin = 0;
     if (++e.tile < tiles(e)) return;
@@ -68,75 +76,89 @@ struct PlanArgs {
 
 template <int NC>
 struct Plan {
-  static constexpr int threads = 512, shared_bytes = (2 * threads + 1) * 8;
+  // Of a run of sequences.
+  struct Work {
+    i64 steps, items;
+    i32 least, most;  // steps of an item
+  };
+  static constexpr int threads = 512, shared_bytes = threads * sizeof(Work);
 
-  static JT_DEVICE i64 inclusive_sum(i64* shared, i64 x) {
+  static JT_DEVICE Work join(const Work& x, const Work& y) {
+    return {x.steps + y.steps, x.items + y.items, smaller(x.least, y.least), larger(x.most, y.most)};
+  }
+  // shared[i]: the work of threads 0 .. i
+  static JT_DEVICE void scan(Work* shared, Work x) {
     const int me = thread();
     shared[me] = x;
     sync_block();
     for (int d = 1; d < threads; d *= 2) {
-      const i64 y = me >= d ? shared[me - d] : 0;
+      if (me >= d) x = join(shared[me - d], x);
       sync_block();
-      shared[me] += y;
+      shared[me] = x;
       sync_block();
     }
-    return shared[me];
   }
 
-  // Whole items, or whole shares of them, cost no merge: worth it where that leaves few places empty.
-  static JT_DEVICE i64 blocks_for(const PlanArgs& a, i64 total, i64 items) {
-    i64 use = a.places;
-    if (items > 0 && use >= items && use / items * items * 10 >= use * 9) use = use / items * items;
-    return larger<i64>(1, smaller<i64>(use, total / a.min_steps));
+  static JT_DEVICE Header header(const PlanArgs& a, const Work& all) {
+    const bool equal = all.least == all.most;
+    Header h;
+    h.item_cost = equal ? 0 : kItemCost;
+    h.total = all.steps + all.items * h.item_cost;
+    i64 use = smaller<i64>(a.places, h.total / a.min_steps);
+    // Whole items, or equal shares of them: worth it where that leaves few places empty.
+    if (equal && use >= all.items && use / all.items * all.items * 10 >= use * 9) use = use / all.items * all.items;
+    h.blocks = (i32)larger<i64>(1, use);
+    return h;
   }
 
   static JT_DEVICE void run(const PlanArgs& a) {
-    i64* steps = reinterpret_cast<i64*>(shared_memory());  // before each thread's sequences, inclusive
-    i64* counts = steps + threads;
+    Work* before = reinterpret_cast<Work*>(shared_memory());
     const Items<NC> items{a.batch};
     const i32 share = (a.batch.num_seqs + threads - 1) / threads;
-    i64 sum = 0, count = 0;
+    Work mine{0, 0, 0x7fffffff, 0};
     for (i32 s = thread() * share; s < smaller((thread() + 1) * share, a.batch.num_seqs); s++) {
       Entry e{};
       e.seq = s;
       items.sequence(e);
-      const i64 of_sequence = e.steps ? (i64)a.batch.kv_heads * items.tiles(e) : 0;
-      sum += of_sequence * e.steps;
-      count += of_sequence;
+      const i64 count = (i64)a.batch.kv_heads * items.tiles(e);
+      if (e.steps) mine = join(mine, {count * e.steps, count, e.steps, e.steps});
     }
-    inclusive_sum(steps, sum);
-    inclusive_sum(counts, count);
-    const i64 total = steps[threads - 1], blocks = blocks_for(a, total, counts[threads - 1]);
-    if (thread() == 0) *a.header = {total, blocks};
+    scan(before, mine);
+    const Work all = before[threads - 1];
+    const Header h = all.items ? header(a, all) : Header{0, 1, 0};
+    if (thread() == 0) *a.header = h;
     for (i32 block = thread(); block < a.places; block += threads) {
       Entry e{};
-      if (block < blocks && total > 0) locate(e, items, steps, share, total * block / blocks, total * (block + 1) / blocks);
+      if (block < h.blocks && h.total > 0) locate(e, items, before, share, h, block);
       a.entries[block] = e;
     }
   }
 
-  static JT_DEVICE void locate(Entry& e, const Items<NC>& items, const i64* steps, i32 share, i64 from, i64 to) {
+  static JT_DEVICE void locate(Entry& e, const Items<NC>& items, const Work* before, i32 share, const Header& h, i32 block) {
+    const i64 from = h.range(block), to = h.range(block + 1);
+    auto position = [&](const Work& w) { return w.steps + w.items * h.item_cost; };
     i32 low = 0, high = threads - 1;
     while (low < high) {
       const i32 middle = (low + high) / 2;
-      if (steps[middle] > from)
+      if (position(before[middle]) > from)
         high = middle;
       else
         low = middle + 1;
     }
-    i64 at = low ? steps[low - 1] : 0;
+    i64 at = low ? position(before[low - 1]) : 0, size;
     for (e.seq = low * share;; e.seq++) {
       items.sequence(e);
-      const i64 here = (i64)items.b.kv_heads * items.tiles(e) * e.steps;
+      size = e.steps + h.item_cost;
+      const i64 here = e.steps ? (i64)items.b.kv_heads * items.tiles(e) * size : 0;
       if (from < at + here) break;
       at += here;
     }
-    const i64 item = (from - at) / e.steps;
+    const i64 item = (from - at) / size, start = at + item * size;
     const i32 tiles = items.tiles(e);
-    const u64 start = (u64)(at + item * e.steps);
     e.head = (i32)(item / tiles), e.tile = (i32)(item % tiles);
-    e.begin = (i32)(from - (i64)start), e.count = (i32)(to - from);
-    e.start_low = (u32)start, e.start_high = (u32)(start >> 32);
+    e.begin = (i32)larger<i64>(0, from - start - h.item_cost);
+    e.count = (i32)larger<i64>(0, to - (start + h.item_cost + e.begin));
+    e.start_low = (u32)start, e.start_high = (u32)((u64)start >> 32);
   }
 };
 

@@ -17,15 +17,17 @@ struct StepData {
   u32 k[2][2][K::words], v[2][2][V::words];
   u32 key_scale[SUB][2], value_scale[SUB][2];  // fp16 scale, zero above it
 
-  JT_DEVICE void load(const u8* step) {
-    const int g = lane_group(), t = quarter();
+  JT_DEVICE void load_keys(const u8* step) {
 #pragma unroll
     for (int u = 0; u < 2; u++)
 #pragma unroll
-      for (int r = 0; r < 2; r++) {
-        K::load(k[u][r], step + u * P::tile, g + 8 * r, t);
-        V::load(v[u][r], step + u * P::tile, r, g, t);
-      }
+      for (int r = 0; r < 2; r++) K::load(k[u][r], step + u * P::tile, lane_group() + 8 * r, quarter());
+  }
+  JT_DEVICE void load_values(const u8* step) {
+#pragma unroll
+    for (int u = 0; u < 2; u++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) V::load(v[u][r], step + u * P::tile, r, lane_group(), quarter());
   }
 
   // Scales and zeros of tokens g and g + 8.
@@ -45,20 +47,23 @@ struct StepData {
   }
 
   // Outside [from, to) a page may hold anything, NaN too, and 0 * NaN is NaN: take zeros.
-  JT_DEVICE void clear_outside(i32 token, i32 from, i32 to) {
-    auto outside = [&](i32 at) { return at < from || at >= to; };
+  static JT_DEVICE bool outside(i32 at, i32 from, i32 to) { return at < from || at >= to; }
+  JT_DEVICE void clear_scales(i32 token, i32 from, i32 to) {
 #pragma unroll
     for (int u = 0; u < SUB; u++)
 #pragma unroll
       for (int r = 0; r < 2; r++)
-        if (outside(token + 16 * (S::PAIR ? quarter() >> 1 : u) + lane_group() + 8 * r)) key_scale[u][r] = value_scale[u][r] = 0;
+        if (outside(token + 16 * (S::PAIR ? quarter() >> 1 : u) + lane_group() + 8 * r, from, to))
+          key_scale[u][r] = value_scale[u][r] = 0;
+  }
+  JT_DEVICE void clear_values(i32 token, i32 from, i32 to) {
     if constexpr (VB < 16) return;
 #pragma unroll
     for (int u = 0; u < 2; u++)
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         const i32 even = token + 16 * u + 8 * r + 2 * quarter();
-        const u32 keep = (outside(even) ? 0u : 0x0000ffffu) | (outside(even + 1) ? 0u : 0xffff0000u);
+        const u32 keep = (outside(even, from, to) ? 0u : 0x0000ffffu) | (outside(even + 1, from, to) ? 0u : 0xffff0000u);
 #pragma unroll
         for (int w = 0; w < V::words; w++) v[u][r][w] &= keep;
       }
