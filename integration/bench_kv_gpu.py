@@ -60,10 +60,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="*", default=["64x8192"], help=f"REQUESTSxCONTEXT; others: {OTHER_CASES}")
     parser.add_argument("--decoded", type=int, default=64, help="tokens that the long generation adds")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--preempting", action="store_true", help="also the workload that bf16 must preempt")
-    parser.add_argument("--requests", type=int, default=384, help="of the preempting workload")
-    parser.add_argument("--prompt", type=int, nargs=2, default=[2048, 6144], help="tokens, lowest and highest")
-    parser.add_argument("--answer", type=int, nargs=2, default=[512, 1536], help="tokens, lowest and highest")
+    parser.add_argument(
+        "--preempting", action="store_true", help="also long answers to more requests than bf16 can hold"
+    )
+    parser.add_argument("--requests", type=int, default=256, help="of the preempting workload")
+    parser.add_argument("--prompt", type=int, nargs=2, default=[256, 2048], help="tokens, lowest and highest")
+    parser.add_argument("--answer", type=int, nargs=2, default=[2048, 6144], help="tokens, lowest and highest")
+    parser.add_argument("--profile", type=Path, help="folder for torch profiles of a few steps of the first case")
     parser.add_argument("--no-kernels", action="store_true", help="leave the kernels' own figures out")
     parser.add_argument("--memory", type=float, default=0.9, help="vLLM's --gpu-memory-utilization")
     parser.add_argument("--seconds", type=float, default=540.0, help="limit of each process")
@@ -87,18 +90,26 @@ def _commands(system: str, model: Path, options: argparse.Namespace) -> Iterator
         yield [sys.executable, str(HERE / "kv_gpu_kernels.py"), system]
     cases = [tuple(map(int, case.split("x"))) for case in options.cases]
     longest = max([context + options.decoded for _, context in cases] + [sum((options.prompt[1], options.answer[1]))])
+    engine: dict[str, Any] = {
+        "max_model_len": longest + 16,
+        "max_num_seqs": max([64, *(requests for requests, _ in cases)] + [options.requests] * options.preempting),
+        "gpu_memory_utilization": options.memory,
+        "dtype": "bfloat16",
+    }
+    if options.profile:
+        engine["profiler_config"] = {
+            "profiler": "torch",
+            "torch_profiler_dir": str(options.profile.resolve() / system),
+            "torch_profiler_with_stack": False,
+        }
     order: dict[str, Any] = {
         "system": system,
         "model": str(model),
-        "engine": {
-            "max_model_len": longest + 16,
-            "max_num_seqs": max([256, *(requests for requests, _ in cases)] + [options.requests] * options.preempting),
-            "gpu_memory_utilization": options.memory,
-            "dtype": "bfloat16",
-        },
+        "engine": engine,
         "cases": cases,
         "decoded": options.decoded,
         "repeats": options.repeats,
+        "profile": bool(options.profile),
         "preempting": None,
     }
     if options.preempting:

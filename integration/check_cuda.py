@@ -60,6 +60,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=HERE.parent / "build")
     parser.add_argument("-o", "--output", type=Path, default=HERE / "results" / "cuda_check.json")
+    names = list(dict.fromkeys(case for case, _, _ in CASES))
+    parser.add_argument("--cases", nargs="+", choices=names, default=names)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: nothing to check", file=sys.stderr)
@@ -77,6 +79,8 @@ def main() -> int:
         results.add("eager", "vllm TRITON_ATTN", "top1_agreement", other["top1_agreement"], "ratio")
         print(f"RESULT floor {other['mean_kl']:.6f} {other['top1_agreement']:.4f}", flush=True)
         for case, pair, flags in CASES:
+            if case not in options.cases:
+                continue
             limit = LIMIT_K8V4 if pair == "k8v4" else 2 * other["mean_kl"]
             found = _run(pair, model, flags, [f"kvtuner={pair}"], texts, stored, Path(folder))
             results.add(case, f"jettison {pair}", "capacity", found["tokens"], "tokens")

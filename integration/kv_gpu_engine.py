@@ -133,10 +133,11 @@ class Bench:
         cache = self.llm.llm_engine.vllm_config.cache_config
         report("64x8192", "capacity_tokens", cache.num_gpu_blocks * cache.block_size, "tokens")
 
-    def case(self, requests: int, context: int, *, decoded: int, repeats: int) -> None:
+    def case(self, requests: int, context: int, *, decoded: int, repeats: int, profile: bool = False) -> None:
         """Prefill of all prompts at once, and decode over the same prompts, cached by then.
 
         A decode step is the difference of a long and a one-token generation, divided by the tokens between them.
+        `profile`: also write a trace of a few steps, not timed (the engine knows the folder).
         """
         name = f"{requests}x{context}"
         prompts = self.prompts([context] * requests, seed=context)
@@ -149,6 +150,10 @@ class Bench:
             steps.append((self.seconds(prompts, 1 + decoded) - short) / decoded)
         report(name, "decode_ms_per_step", 1e3 * statistics.median(steps[1:]), "ms")
         report(name, "decode_tok_s", requests / statistics.median(steps[1:]), "tokens/s")
+        if profile:
+            self.llm.start_profile()
+            self.seconds(prompts, 9)
+            self.llm.stop_profile()
         self.llm.reset_prefix_cache()
 
     def preempting(self, requests: int, prompt: tuple[int, int], output: tuple[int, int]) -> None:
@@ -193,13 +198,14 @@ def report(case: str, metric: str, value: float, unit: str) -> None:
 
 
 def main(order: dict[str, Any]) -> None:
-    """Measure what `order` says: system, model, engine (vLLM's options), cases, decoded, repeats, preempting."""
+    """Measure what `order` says: system, model, engine (options of vLLM), cases, decoded, repeats, preempting."""
     started = time.perf_counter()
     bench = Bench(start(order["system"], Path(order["model"]), order["engine"]), order.get("vocabulary", VOCABULARY))
     report("start", "start_s", time.perf_counter() - started, "s")
     bench.capacity()
-    for requests, context in order["cases"]:
-        bench.case(requests, context, decoded=order["decoded"], repeats=order["repeats"])
+    for number, (requests, context) in enumerate(order["cases"]):
+        profile = order.get("profile", False) and number == 0
+        bench.case(requests, context, decoded=order["decoded"], repeats=order["repeats"], profile=profile)
     if order["preempting"]:
         bench.preempting(**order["preempting"])
 

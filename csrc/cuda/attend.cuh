@@ -154,14 +154,15 @@ struct Attend {
     }
   }
 
-  JT_DEVICE void rescale(float (&v)[SUB][NT][4]) {
+  template <int STEPS>
+  JT_DEVICE void rescale(float (&v)[STEPS][SUB][NT][4]) {
     bool unset = false;
 #pragma unroll
     for (int c = 0; c < COLS; c++) {
       const int n = c / 2, b = c & 1;
       float top = -infinity();
 #pragma unroll
-      for (int u = 0; u < SUB; u++) top = larger(top, larger(v[u][n][b], v[u][n][b + 2]));
+      for (int i = 0; i < STEPS * SUB; i++) top = larger(top, larger(v[i / SUB][i % SUB][n][b], v[i / SUB][i % SUB][n][b + 2]));
 #pragma unroll
       for (int x = 4; x < 32; x *= 2) top = larger(top, shuffle_xor(top, x));
       const bool first = m[c] == -infinity();
@@ -173,19 +174,15 @@ struct Attend {
 #pragma unroll
       for (int i = 0; i < D / 16; i++) o[n][i][b] *= f, o[n][i][b + 2] *= f;
 #pragma unroll
-      for (int u = 0; u < SUB; u++) v[u][n][b] -= move, v[u][n][b + 2] -= move;
+      for (int i = 0; i < STEPS * SUB; i++) v[i / SUB][i % SUB][n][b] -= move, v[i / SUB][i % SUB][n][b + 2] -= move;
     }
     pending = any(unset);
   }
 
-  // Add the 32 tokens from `token` on; `edge` if some column does not see all of them. The values are still in `slot`
-  // where the ring is refilled late: registers are short.
-  JT_DEVICE void step(Data& data, const u8* slot, i32 token, bool edge, const AttentionArgs& a, const Piece& piece) {
-    const int g = lane_group();
-    float s[2][NT][4], v[SUB][NT][4];
-    if (edge) data.clear_scales(token, piece.readable, piece.e.len);
+  // The scores of 32 tokens, as `scale_scores` leaves them.
+  JT_DEVICE void score(float (&v)[SUB][NT][4], const Data& data, i32 token, bool edge, const AttentionArgs& a, const Piece& piece) const {
+    float s[2][NT][4];
     multiply_keys(data, s);
-    float top = -infinity();
 #pragma unroll
     for (int u = 0; u < SUB; u++)
 #pragma unroll
@@ -194,16 +191,10 @@ struct Attend {
         for (int e = 0; e < 4; e++) v[u][n][e] = S::PAIR && quarter() >= 2 ? s[1][n][e] : s[u][n][e];
     scale_scores(v, data, a);
     if (edge) hide(v, token, a, piece.e);
-#pragma unroll
-    for (int u = 0; u < SUB; u++)
-#pragma unroll
-      for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) top = larger(top, v[u][n][e]);
-    // Lazily: powers up to 2^8 do no harm.
-    if (any(top > 8.f) || pending) rescale(v);
-    if constexpr (!S::EARLY) data.load_values(slot);
-    if (edge) data.clear_values(token, piece.readable, piece.e.len);
+  }
+
+  JT_DEVICE void add_values(const float (&v)[SUB][NT][4], const Data& data) {
+    const int g = lane_group();
 #pragma unroll
     for (int n = 0; n < NT; n++) {
       u32 b[SUB][2];
@@ -227,6 +218,34 @@ struct Attend {
       const bool low = !S::PAIR || g < 4, high = !S::PAIR || g >= 4;
       multiply_values(data.v[0], low ? b[0][0] : 0u, low ? b[0][1] : 0u, o[n]);
       multiply_values(data.v[1], high ? b[SUB - 1][0] : 0u, high ? b[SUB - 1][1] : 0u, o[n]);
+    }
+  }
+
+  // Add STEPS x 32 tokens from `token` on; `edge` if some column does not see all of them. Values are read from their
+  // slots late: registers are short.
+  template <int STEPS>
+  JT_DEVICE void pass(const u8* const (&slots)[STEPS], i32 token, bool edge, const AttentionArgs& a, const Piece& piece) {
+    Data data[STEPS];
+    float v[STEPS][SUB][NT][4], top = -infinity();
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      data[i].load_keys(slots[i]);
+      data[i].load_scales(slots[i]);
+      if (edge) data[i].clear_scales(token + kStep * i, piece.readable, piece.e.len);
+    }
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      score(v[i], data[i], token + kStep * i, edge, a, piece);
+#pragma unroll
+      for (int x = 0; x < SUB * NT * 4; x++) top = larger(top, v[i][x / (4 * NT)][x / 4 % NT][x % 4]);
+    }
+    // Lazily: powers up to 2^8 do no harm.
+    if (any(top > 8.f) || pending) rescale(v);
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      data[i].load_values(slots[i]);
+      if (edge) data[i].clear_values(token + kStep * i, piece.readable, piece.e.len);
+      add_values(v[i], data[i]);
     }
   }
 

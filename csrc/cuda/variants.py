@@ -82,13 +82,13 @@ def unpack(layout: PageLayout, *, rotate: bool, element: Element) -> Variant:
 
 @dataclass(frozen=True)
 class DecodeTuning:
-    """Shape of a decode block: query columns, warps, ring depth, blocks per SM, refill before or after use."""
+    """Shape of a decode block: query columns, warps, ring depth in steps, steps per pass, blocks per SM."""
 
     columns: int
     warps: int
     stages: int
+    steps: int
     places: int
-    early: bool
 
 
 def column_tile(head_size: int, columns: int) -> int:
@@ -108,18 +108,19 @@ def tune(layout: PageLayout, columns: int) -> DecodeTuning:
     places = resident // warps
     while places > 1 and _stages(layout, tile, warps, places) < 2:
         places -= 1
-    stages = min(2, _stages(layout, tile, warps, places))
+    steps = 2 if layout.key_bits <= 4 and bits <= 6 and size <= 128 and tile == 4 else 1
+    stages = min(2 * steps, _stages(layout, tile, warps, places))
     if stages < 1:
         raise ValueError(f"a tile of {layout} does not fit in shared memory")
-    return DecodeTuning(tile, warps, stages, places, early=bits < 12 and size <= 128 and tile == 4)
+    return DecodeTuning(tile, warps, stages, steps if stages >= 2 * steps else 1, places)
 
 
 @cache
 def decode(layout: PageLayout, tuning: DecodeTuning, *, rotate: bool, softcap: bool, element: Element) -> Variant:
     """Attention of up to 16 query columns per KV head."""
     t = tuning
-    shape = f"{_page(layout)}, {t.columns}, {t.warps}, {t.stages}, {t.places}"
-    flags = ", ".join(map(_flag, (t.early, rotate, softcap)))
+    shape = f"{_page(layout)}, {t.columns}, {t.warps}, {t.stages}, {t.steps}, {t.places}"
+    flags = ", ".join(map(_flag, (rotate, softcap)))
     template = f"Decode<jt::Shape<{shape}, {flags}, jt::Type::{element}>>"
     return Variant("decode.cuh", template, "AttentionArgs", t.places)
 
