@@ -78,7 +78,7 @@ def packed_attention(
         window: visible tokens including the query's own; -1 for all.
         softcap: ``softcap * tanh(score / softcap)`` if positive.
         sinks: ``float32 [Hq]``, logits that take part in the softmax and attend to nothing.
-        max_query_len: on CUDA, the most queries of any sequence. From 1 to 16 one kernel serves the batch without
+        max_query_len: on CUDA, the most queries of any sequence. From 1 to 64 one kernel serves the batch without
             synchronisation, so that it can be captured in a CUDA graph; 0 (unknown) and larger take a path that
             synchronises. The CPU kernel does not need it.
         workspace: on CUDA, of :func:`attention_workspace`; made for the call if None. Launches that may overlap must

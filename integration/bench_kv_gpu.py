@@ -58,12 +58,12 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--cases", nargs="*", default=["64x8192"], help=f"REQUESTSxCONTEXT; others: {OTHER_CASES}")
-    parser.add_argument("--decoded", type=int, default=64, help="tokens that the long generation adds")
+    parser.add_argument("--decoded", type=int, default=128, help="decode steps that are timed together")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--preempting", action="store_true", help="also long answers to more requests than bf16 can hold"
     )
-    parser.add_argument("--requests", type=int, default=256, help="of the preempting workload")
+    parser.add_argument("--requests", type=int, default=320, help="of the preempting workload")
     parser.add_argument("--prompt", type=int, nargs=2, default=[256, 2048], help="tokens, lowest and highest")
     parser.add_argument("--answer", type=int, nargs=2, default=[2048, 6144], help="tokens, lowest and highest")
     parser.add_argument("--profile", type=Path, help="folder for torch profiles of a few steps of the first case")

@@ -22,7 +22,8 @@ SMALL = {
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 EXPECTED = {
-    ("start", "start_s"), ("64x8192", "capacity_tokens"), ("2x96", "prefill_s"), ("2x96", "decode_ms_per_step"),
+    ("start", "start_s"), ("64x8192", "capacity_tokens"), ("2x96", "prefill_s"), ("2x96", "cached_prefill_s"),
+    ("2x96", "decode_ms_per_step"),
     ("2x96", "decode_tok_s"), ("preempting", "output_tok_s"), ("preempting", "preemptions"),
     ("preempting", "tokens_wanted"),
 }  # fmt: skip

@@ -154,15 +154,14 @@ struct Attend {
     }
   }
 
-  template <int STEPS>
-  JT_DEVICE void rescale(float (&v)[STEPS][SUB][NT][4]) {
+  JT_DEVICE void rescale(float (&v)[SUB][NT][4]) {
     bool unset = false;
 #pragma unroll
     for (int c = 0; c < COLS; c++) {
       const int n = c / 2, b = c & 1;
       float top = -infinity();
 #pragma unroll
-      for (int i = 0; i < STEPS * SUB; i++) top = larger(top, larger(v[i / SUB][i % SUB][n][b], v[i / SUB][i % SUB][n][b + 2]));
+      for (int u = 0; u < SUB; u++) top = larger(top, larger(v[u][n][b], v[u][n][b + 2]));
 #pragma unroll
       for (int x = 4; x < 32; x *= 2) top = larger(top, shuffle_xor(top, x));
       const bool first = m[c] == -infinity();
@@ -174,7 +173,7 @@ struct Attend {
 #pragma unroll
       for (int i = 0; i < D / 16; i++) o[n][i][b] *= f, o[n][i][b + 2] *= f;
 #pragma unroll
-      for (int i = 0; i < STEPS * SUB; i++) v[i / SUB][i % SUB][n][b] -= move, v[i / SUB][i % SUB][n][b + 2] -= move;
+      for (int u = 0; u < SUB; u++) v[u][n][b] -= move, v[u][n][b + 2] -= move;
     }
     pending = any(unset);
   }
@@ -221,32 +220,22 @@ struct Attend {
     }
   }
 
-  // Add STEPS x 32 tokens from `token` on; `edge` if some column does not see all of them. Values are read from their
-  // slots late: registers are short.
-  template <int STEPS>
-  JT_DEVICE void pass(const u8* const (&slots)[STEPS], i32 token, bool edge, const AttentionArgs& a, const Piece& piece) {
-    Data data[STEPS];
-    float v[STEPS][SUB][NT][4], top = -infinity();
+  // Add the 32 tokens from `token` on; `edge` if some column does not see all of them. The values are read from `slot`
+  // late: registers are short.
+  JT_DEVICE void step(const u8* slot, i32 token, bool edge, const AttentionArgs& a, const Piece& piece) {
+    Data data;
+    float v[SUB][NT][4], top = -infinity();
+    data.load_keys(slot);
+    data.load_scales(slot);
+    if (edge) data.clear_scales(token, piece.readable, piece.e.len);
+    score(v, data, token, edge, a, piece);
 #pragma unroll
-    for (int i = 0; i < STEPS; i++) {
-      data[i].load_keys(slots[i]);
-      data[i].load_scales(slots[i]);
-      if (edge) data[i].clear_scales(token + kStep * i, piece.readable, piece.e.len);
-    }
-#pragma unroll
-    for (int i = 0; i < STEPS; i++) {
-      score(v[i], data[i], token + kStep * i, edge, a, piece);
-#pragma unroll
-      for (int x = 0; x < SUB * NT * 4; x++) top = larger(top, v[i][x / (4 * NT)][x / 4 % NT][x % 4]);
-    }
+    for (int x = 0; x < SUB * NT * 4; x++) top = larger(top, v[x / (4 * NT)][x / 4 % NT][x % 4]);
     // Lazily: powers up to 2^8 do no harm.
     if (any(top > 8.f) || pending) rescale(v);
-#pragma unroll
-    for (int i = 0; i < STEPS; i++) {
-      data[i].load_values(slots[i]);
-      if (edge) data[i].clear_values(token + kStep * i, piece.readable, piece.e.len);
-      add_values(v[i], data[i]);
-    }
+    data.load_values(slot);
+    if (edge) data.clear_values(token, piece.readable, piece.e.len);
+    add_values(v, data);
   }
 
   // Sum over the lanes; a pair of column sets becomes one, held twice.

@@ -70,17 +70,16 @@ JT_DEVICE Column column_of(const AttentionArgs& a, const Entry& e, int c) {
   return r;
 }
 
-// NC query columns by W warps; a ring of STAGES steps per warp, of which a pass takes PASS; PLACES blocks per SM.
-template <int D_, int KB_, int VB_, int SINKS_, int NC_, int W_, int STAGES_, int PASS_, int PLACES_, bool ROTATE_, bool CAP_, Type T_>
+// NC query columns by W warps; a ring of STAGES steps per warp; PLACES blocks per SM.
+template <int D_, int KB_, int VB_, int SINKS_, int NC_, int W_, int STAGES_, int PLACES_, bool ROTATE_, bool CAP_, Type T_>
 struct Shape {
-  static constexpr int D = D_, KB = KB_, VB = VB_, SINKS = SINKS_, NC = NC_, W = W_, STAGES = STAGES_, PASS = PASS_, PLACES = PLACES_;
+  static constexpr int D = D_, KB = KB_, VB = VB_, SINKS = SINKS_, NC = NC_, W = W_, STAGES = STAGES_, PLACES = PLACES_;
   static constexpr bool ROTATE = ROTATE_, CAP = CAP_, BF16 = T_ == Type::bf16;
   static constexpr Type T = T_;
   using P = Page<D, KB, VB, SINKS>;
   using K = KeyRow<D, KB>;
   using V = ValuePair<D, KB, VB>;
   static_assert(NC == 4 || NC == 8 || NC == 16, "4, 8 or 16 columns");
-  static_assert(PASS == 1 || PASS == 2, "1 or 2 steps");
   // Up to four columns leave half of the tensor core's eight idle: they serve both tiles of a step at once.
   static constexpr bool PAIR = NC == 4;
   static constexpr int NT = NC == 16 ? 2 : 1, SUB = PAIR ? 1 : 2, COLS = 2 * NT;

@@ -13,45 +13,20 @@ struct Decode {
   struct Ring {
     int slot = 0;
     u32 phases = 0;
-
-    // Wait for the next slot.
-    JT_DEVICE const u8* take() {
-      const int warp = thread() >> 5;
-      const u8* data = S::slot(warp, slot);
-      barrier_wait(S::barrier(warp, slot), phases >> slot & 1);
-      phases ^= 1u << slot;
-      slot = slot + 1 == STAGES ? 0 : slot + 1;
-      return data;
-    }
   };
 
-  // STEPS steps from the warp's step i on; the ring is refilled behind them.
-  template <int STEPS>
-  static JT_DEVICE void pass(const AttentionArgs& a, const Piece& piece, Attend<S>& state, Feed<S>& feed, Ring& ring, i32 i, i32 token, bool edge) {
-    const int first = ring.slot;
-    const u8* slots[STEPS];
-#pragma unroll
-    for (int j = 0; j < STEPS; j++) slots[j] = ring.take();
-    state.template pass<STEPS>(slots, token, edge, a, piece);
-    sync_warp();
-#pragma unroll
-    for (int j = 0; j < STEPS; j++)
-      if (i + j + STAGES < feed.steps) feed.issue(piece, i + j + STAGES, first + j < STAGES ? first + j : first + j - STAGES);
-  }
-
   static JT_DEVICE void attend(const AttentionArgs& a, const Piece& piece, Attend<S>& state, Feed<S>& feed, Ring& ring) {
-    i32 token = kStep * (piece.e.first + piece.share(thread() >> 5, S::W));
-    const i32 from = piece.inner_from, to = piece.inner_to;
+    const int warp = thread() >> 5;
+    i32 token = kStep * (piece.e.first + piece.share(warp, S::W));
+    const i32 from = piece.inner_from, to = piece.inner_to - kStep;
 #pragma unroll 1
-    for (i32 i = 0; i < feed.steps;) {
-      constexpr int PASS = S::PASS;
-      if (PASS > 1 && i + PASS <= feed.steps && token >= from && token + PASS * kStep <= to) {
-        pass<PASS>(a, piece, state, feed, ring, i, token, false);
-        i += PASS, token += PASS * kStep;
-      } else {
-        pass<1>(a, piece, state, feed, ring, i, token, token < from || token + kStep > to);
-        i++, token += kStep;
-      }
+    for (i32 i = 0; i < feed.steps; i++, token += kStep) {
+      barrier_wait(S::barrier(warp, ring.slot), ring.phases >> ring.slot & 1);
+      ring.phases ^= 1u << ring.slot;
+      state.step(S::slot(warp, ring.slot), token, token > to || token < from, a, piece);
+      sync_warp();
+      if (i + STAGES < feed.steps) feed.issue(piece, i + STAGES, ring.slot);
+      ring.slot = ring.slot + 1 == STAGES ? 0 : ring.slot + 1;
     }
   }
 

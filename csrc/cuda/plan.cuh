@@ -14,7 +14,7 @@
 namespace jt {
 
 constexpr int kStep = 32;
-constexpr int kItemCost = 6;
+constexpr int kItemCost = 12;
 
 struct Batch {
   const i32* query_start;

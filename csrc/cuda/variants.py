@@ -16,7 +16,7 @@ from jettison.csrc.layout import PageLayout
 Element = Literal["f32", "bf16", "f16"]
 
 HEAD_SIZES = (64, 96, 128, 256)
-MAX_DECODE_QUERIES = 16
+MAX_DECODE_QUERIES = 64
 """New tokens per sequence that the decode kernel takes."""
 SHARED_PER_SM = 227 * 1024
 RESERVED_PER_BLOCK = 1024
@@ -82,12 +82,11 @@ def unpack(layout: PageLayout, *, rotate: bool, element: Element) -> Variant:
 
 @dataclass(frozen=True)
 class DecodeTuning:
-    """Shape of a decode block: query columns, warps, ring depth in steps, steps per pass, blocks per SM."""
+    """Shape of a decode block: query columns, warps, ring depth in steps, blocks per SM."""
 
     columns: int
     warps: int
     stages: int
-    steps: int
     places: int
 
 
@@ -104,22 +103,21 @@ def tune(layout: PageLayout, columns: int) -> DecodeTuning:
     tile = column_tile(size, columns)
     wide = size > 128 or max(layout.key_bits, layout.value_bits) == 16
     warps = 2 if bits > 20 or (tile == 16 and size > 64) else 4
-    resident = 8 if wide or (tile == 16 and size > 64) else 12 if tile == 16 else 16
+    resident = 8 if wide or (tile == 16 and size > 64) else 12 if tile == 16 or bits >= 12 else 16
     places = resident // warps
     while places > 1 and _stages(layout, tile, warps, places) < 2:
         places -= 1
-    steps = 2 if layout.key_bits <= 4 and bits <= 6 and size <= 128 and tile == 4 else 1
-    stages = min(2 * steps, _stages(layout, tile, warps, places))
+    stages = min(2, _stages(layout, tile, warps, places))
     if stages < 1:
         raise ValueError(f"a tile of {layout} does not fit in shared memory")
-    return DecodeTuning(tile, warps, stages, steps if stages >= 2 * steps else 1, places)
+    return DecodeTuning(tile, warps, stages, places)
 
 
 @cache
 def decode(layout: PageLayout, tuning: DecodeTuning, *, rotate: bool, softcap: bool, element: Element) -> Variant:
     """Attention of up to 16 query columns per KV head."""
     t = tuning
-    shape = f"{_page(layout)}, {t.columns}, {t.warps}, {t.stages}, {t.steps}, {t.places}"
+    shape = f"{_page(layout)}, {t.columns}, {t.warps}, {t.stages}, {t.places}"
     flags = ", ".join(map(_flag, (rotate, softcap)))
     template = f"Decode<jt::Shape<{shape}, {flags}, jt::Type::{element}>>"
     return Variant("decode.cuh", template, "AttentionArgs", t.places)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from jettison.csrc.cuda.variants import HEAD_SIZES
+from jettison.csrc.cuda.variants import HEAD_SIZES, MAX_DECODE_QUERIES
 from jettison.csrc.layout import TILE_TOKENS
 from jettison.csrc.ops import attention_plan, attention_workspace, packed_attention
 from jettison.hooks.errors import EnvironmentRefused
@@ -21,7 +21,7 @@ from jettison.hooks.vllm.compat import (
     max_decode_query_len,
 )
 from jettison.hooks.vllm.cuda_metadata import ServedMetadata, ServedMetadataBuilder, scratch_tokens
-from jettison.hooks.vllm.cuda_prefill import Prefill, flash_attention
+from jettison.hooks.vllm.cuda_prefill import Prefill, flash_attention, pages_attention
 from jettison.hooks.vllm.engine import engine_for
 from jettison.hooks.vllm.packed import PackedBackendMixin, PackedImplMixin, PackedMetadata, specialised
 
@@ -105,6 +105,8 @@ class PackedCUDAImpl(PackedImplMixin, AttentionImpl[ServedMetadata]):
         self.window = -1 if sliding_window is None else sliding_window
         self.softcap = float(logits_soft_cap or 0.0)
         self.prefill: Prefill | None = None
+        # About so many query columns can be served from the pages in the time of reading them back once.
+        self.short_queries = min(MAX_DECODE_QUERIES, 256 // (self.num_heads // self.num_kv_heads))
         self.enlist()
 
     def specialise(self, layer: Attention, page: LayerFormat | None) -> None:
@@ -132,6 +134,14 @@ class PackedCUDAImpl(PackedImplMixin, AttentionImpl[ServedMetadata]):
                 sinks=self.sinks,
                 where=layer.layer_name,
             ),
+            pages_attention(
+                page,
+                scale=self.scale,
+                window=self.window,
+                softcap=self.softcap,
+                sinks=self.head_sinks,
+                workspace=lambda: self.workspace(self.short_queries),
+            ),
             self.scratch,
         )
         self._compile(page)
@@ -145,7 +155,7 @@ class PackedCUDAImpl(PackedImplMixin, AttentionImpl[ServedMetadata]):
             rotate=page.rotate,
             softcap=self.softcap > 0,
             dtype=self.dtype,
-            columns=tuple(group * queries for queries in range(1, self.max_query_len + 1)),
+            columns=tuple(group * queries for queries in range(1, max(self.max_query_len, self.short_queries) + 1)),
             device=torch.cuda.current_device(),
         )
 
@@ -153,7 +163,8 @@ class PackedCUDAImpl(PackedImplMixin, AttentionImpl[ServedMetadata]):
         """Take this layer's part of vLLM's workspace, once; on vLLM's profile run, so that it is accounted for."""
         if self.prefill is not None:
             self.scratch()
-            self.decode_workspace()
+            self.workspace(self.max_query_len)
+            self.workspace(self.short_queries)
 
     def scratch(self) -> tuple[Tensor, Tensor]:
         """Room to read pages back, of all layers in turn: see `cuda_prefill.Scratch`."""
@@ -161,9 +172,9 @@ class PackedCUDAImpl(PackedImplMixin, AttentionImpl[ServedMetadata]):
         keys, values = current_workspace_manager().get_simultaneous((shape, self.dtype), (shape, self.dtype))
         return keys, values
 
-    def decode_workspace(self) -> Tensor:
+    def workspace(self, max_query_len: int) -> Tensor:
         """Scratch memory of the decode kernel, one for all layers of a kind; captured graphs keep its address."""
-        shape = (self.num_heads, self.num_kv_heads, self.head_size, self.max_query_len)
+        shape = (self.num_heads, self.num_kv_heads, self.head_size, max_query_len)
         found: Tensor = current_workspace_manager().get_persistent_resource(
             ("jettison", self.page.layout, self.window, *shape),
             lambda: attention_workspace(*shape, torch.device("cuda", torch.cuda.current_device())),
@@ -182,7 +193,7 @@ class PackedCUDAImpl(PackedImplMixin, AttentionImpl[ServedMetadata]):
             num_kv_heads=self.num_kv_heads,
             max_query_len=batch.max_query_len,
             window=self.window,
-            workspace=self.decode_workspace(),
+            workspace=self.workspace(self.max_query_len),
         )
 
     def forward(
@@ -226,7 +237,7 @@ class PackedCUDAImpl(PackedImplMixin, AttentionImpl[ServedMetadata]):
             softcap=self.softcap,
             sinks=self.head_sinks,
             max_query_len=batch.max_query_len,
-            workspace=self.decode_workspace(),
+            workspace=self.workspace(self.max_query_len),
             planned=True,
         )
 

@@ -19,12 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class PrefillRun:
-    """A `Run` with what its kernels read: cu_queries, cu_keys int32 [S+1]; starts int32 [S]; block_table [S, pages]."""
+    """A `Run` with what its kernels read.
+
+    Attributes:
+        cu_queries, cu_keys: int32 [S+1].
+        starts, seq_lens: int32 [S].
+        block_table: int32 [S, pages].
+    """
 
     run: Run
     cu_queries: Tensor
     cu_keys: Tensor
     starts: Tensor
+    seq_lens: Tensor
     block_table: Tensor
 
 
@@ -82,6 +89,7 @@ class ServedMetadataBuilder(PackedMetadataBuilder):
         self.kinds = {impl.window: impl for impl in impls}
         self.window = -1 if -1 in self.kinds else max(self.kinds)
         self.capacity = scratch_tokens(vllm_config)
+        self.short = min(impl.short_queries for impl in impls)
         for impl in impls:
             impl.reserve()
 
@@ -100,7 +108,7 @@ class ServedMetadataBuilder(PackedMetadataBuilder):
         prefill: tuple[PrefillRun, ...] = ()
         if common.max_query_len > self.threshold:
             plans = _memo.of(common)
-            key = (self.threshold, self.window, self.capacity, self.read_fresh)
+            key = (self.threshold, self.window, self.capacity, self.read_fresh, self.short)
             if key not in plans:
                 plans[key] = self._plan(common)
             decodes, prefill = plans[key]
@@ -139,9 +147,10 @@ class ServedMetadataBuilder(PackedMetadataBuilder):
         lengths: list[int] = (common.seq_lens if upper is None else upper).tolist()
         decodes = count_decodes(bounds, self.threshold)
         runs = plan_prefill(
-            bounds, lengths, decodes, window=self.window, capacity=self.capacity, read_fresh=self.read_fresh
-        )
-        return decodes, to_device(runs, common.block_table_tensor)
+            bounds, lengths, decodes, window=self.window, capacity=self.capacity, read_fresh=self.read_fresh,
+            short=self.short,
+        )  # fmt: skip
+        return decodes, to_device(runs, common.block_table_tensor, common.seq_lens)
 
 
 def scratch_tokens(config: VllmConfig) -> int:
@@ -151,7 +160,7 @@ def scratch_tokens(config: VllmConfig) -> int:
     return max(longest, step)
 
 
-def to_device(runs: Sequence[Run], block_table: Tensor) -> tuple[PrefillRun, ...]:
+def to_device(runs: Sequence[Run], block_table: Tensor, seq_lens: Tensor) -> tuple[PrefillRun, ...]:
     """Send the runs to the device of `block_table`, in one copy that nothing waits for."""
     if not runs:
         return ()
@@ -162,6 +171,7 @@ def to_device(runs: Sequence[Run], block_table: Tensor) -> tuple[PrefillRun, ...
     for run in runs:
         count = run.last - run.first
         queries, keys, starts = sent[at : at + 3 * count + 2].split([count + 1, count + 1, count])
-        served.append(PrefillRun(run, queries, keys, starts, block_table[run.first : run.last]))
+        rows = slice(run.first, run.last)
+        served.append(PrefillRun(run, queries, keys, starts, seq_lens[rows], block_table[rows]))
         at += 3 * count + 2
     return tuple(served)

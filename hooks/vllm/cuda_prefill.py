@@ -1,4 +1,7 @@
-"""Prefill on CUDA: a variable-length attention kernel on new keys, or on pages read back into bounded memory."""
+"""Prefill on CUDA: a variable-length attention kernel on new keys, or on pages read back into bounded memory.
+
+The last few tokens of a long prompt are served by the decode kernel, straight from the pages.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jettison.csrc.ops import kv_unpack
+from jettison.csrc.ops import kv_unpack, packed_attention
 from jettison.hooks.errors import EnvironmentRefused
 from jettison.hooks.vllm import compat
 from jettison.hooks.vllm.cuda_metadata import PrefillRun
@@ -17,6 +20,9 @@ from jettison.hooks.vllm.kv_format import LayerFormat
 
 Flash = Callable[..., Any]
 """vLLM's `flash_attn_varlen_func` with everything bound that stays the same for a layer."""
+
+Pages = Callable[..., None]
+"""`packed_attention` with everything bound that stays the same for a layer."""
 
 Scratch = Callable[[], tuple[Tensor, Tensor]]
 """Gives room for keys and values: [capacity, KV heads, head size] of the model's type."""
@@ -57,6 +63,34 @@ def flash_attention(
     )
 
 
+def pages_attention(
+    page: LayerFormat, *, scale: float, window: int, softcap: float, sinks: Tensor | None,
+    workspace: Callable[[], Tensor | None],
+) -> Pages:  # fmt: skip
+    """The decode kernel for one layer and short runs of queries.
+
+    Args:
+        page, scale, window, softcap, sinks: as in `csrc.ops.packed_attention`.
+        workspace: gives its scratch memory, not that of the decode rows of the same step.
+    """
+
+    def attend(*batch: Tensor, max_query_len: int) -> None:
+        packed_attention(
+            *batch,
+            page.layout,
+            scale=scale,
+            rotate=page.rotate,
+            key_scale=page.key_scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            max_query_len=max_query_len,
+            workspace=workspace(),
+        )
+
+    return attend
+
+
 @dataclass(frozen=True, eq=False)
 class Prefill:
     """The prefill of one attention layer.
@@ -64,11 +98,13 @@ class Prefill:
     Attributes:
         page: how its keys and values are stored.
         flash: the attention kernel; the causal mask is aligned to the last key.
+        pages: the kernel for short runs.
         scratch: memory for what is read back, shared by all layers, because they run one after another.
     """
 
     page: LayerFormat
     flash: Flash
+    pages: Pages
     scratch: Scratch
 
     def __call__(
@@ -85,7 +121,13 @@ class Prefill:
             if run.begin == run.end:
                 continue
             new = slice(run.begin, run.end)
-            keys, values = (key[new], value[new]) if run.fresh else self._read_back(kv_cache, served)
+            if run.source == "pages":
+                self.pages(
+                    query[new], kv_cache, output[new], served.cu_queries, served.seq_lens, served.block_table,
+                    max_query_len=run.max_queries,
+                )  # fmt: skip
+                continue
+            keys, values = (key[new], value[new]) if run.source == "new" else self._read_back(kv_cache, served)
             self.flash(
                 q=query[new],
                 k=keys,

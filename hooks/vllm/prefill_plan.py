@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Literal
+
+Source = Literal["new", "pages", "copy"]
+"""Where queries find their keys: in the batch itself, in the pages, or in a copy that was read back from the pages."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,7 @@ class Run:
     Attributes:
         first, last: the sequences, as rows of the batch; `last` is excluded.
         begin, end: their tokens in the batch; `end` is excluded.
-        fresh: whether the keys are the batch's own; otherwise they are read back from the pages.
+        source: where the keys are.
         queries, keys: cumulative lengths, from 0, one more than sequences.
         starts: first token of each sequence that is read back; 0 without a window.
     """
@@ -23,7 +27,7 @@ class Run:
     last: int
     begin: int
     end: int
-    fresh: bool
+    source: Source
     queries: tuple[int, ...]
     keys: tuple[int, ...]
     starts: tuple[int, ...]
@@ -50,7 +54,7 @@ class _Row:
     queries: int
     start: int
     keys: int
-    fresh: bool
+    source: Source
 
 
 def count_decodes(query_start_loc: Sequence[int], threshold: int) -> int:
@@ -70,6 +74,7 @@ def plan_prefill(
     window: int,
     capacity: int,
     read_fresh: bool = True,
+    short: int = 0,
 ) -> tuple[Run, ...]:
     """Cut the rows from `first` on into runs.
 
@@ -80,12 +85,14 @@ def plan_prefill(
         window: tokens that a query sees, its own among them; -1 for all.
         capacity: tokens that can be read back at once; at least the longest sequence.
         read_fresh: whether sequences without history use the batch's own keys, which are not quantised.
+        short: rows with history and at most so many new tokens are served from the pages: to read all of a history
+            back for the last few tokens of a prompt, the rest of which was cached, takes longer.
 
     Raises:
         ValueError: a sequence is longer than `capacity` or shorter than its new tokens.
     """
     runs = []
-    for rows in _together(_rows(query_start_loc, seq_lens, first, window, read_fresh), capacity):
+    for rows in _together(_rows(query_start_loc, seq_lens, first, window, read_fresh, short), capacity):
         begin = query_start_loc[rows[0].number]
         queries = tuple(accumulate((row.queries for row in rows), initial=0))
         keys = tuple(accumulate((row.keys for row in rows), initial=0))
@@ -95,7 +102,7 @@ def plan_prefill(
                 rows[-1].number + 1,
                 begin,
                 begin + queries[-1],
-                rows[0].fresh,
+                rows[0].source,
                 queries,
                 keys,
                 tuple(row.start for row in rows),
@@ -105,28 +112,29 @@ def plan_prefill(
 
 
 def _rows(
-    query_start_loc: Sequence[int], seq_lens: Sequence[int], first: int, window: int, read_fresh: bool
+    query_start_loc: Sequence[int], seq_lens: Sequence[int], first: int, window: int, read_fresh: bool, short: int
 ) -> Iterator[_Row]:
     for number in range(first, len(query_start_loc) - 1):
         queries, length = query_start_loc[number + 1] - query_start_loc[number], seq_lens[number]
         if length < queries:
             raise ValueError(f"row {number} has {queries} new tokens, but its sequence only {length}")
         if not queries:
-            yield _Row(number, 0, 0, 0, read_fresh)
+            yield _Row(number, 0, 0, 0, "new" if read_fresh else "copy")
         elif read_fresh and length == queries:
-            yield _Row(number, queries, 0, queries, True)
+            yield _Row(number, queries, 0, queries, "new")
         else:
             start = max(0, length - queries - window + 1) if window > 0 else 0
-            yield _Row(number, queries, start, length - start, False)
+            yield _Row(number, queries, start, length - start, "pages" if queries <= short else "copy")
 
 
 def _together(rows: Iterator[_Row], capacity: int) -> Iterator[list[_Row]]:
     taken: list[_Row] = []
     keys = 0
     for row in rows:
-        if not row.fresh and row.keys > capacity:
+        copied = row.source == "copy"
+        if copied and row.keys > capacity:
             raise ValueError(f"row {row.number} reads {row.keys} tokens back, the room is for {capacity}")
-        if taken and (row.fresh != taken[0].fresh or (not row.fresh and keys + row.keys > capacity)):
+        if taken and (row.source != taken[0].source or (copied and keys + row.keys > capacity)):
             yield taken
             taken, keys = [], 0
         taken.append(row)

@@ -55,6 +55,8 @@ CASES = (
     Case(PageLayout(96, 8, 4), 1, 5, (90, 33), (1, 1), softcap=20.0),
     Case(PageLayout(256, 4, 4), 1, 4, (90, 33), (1, 3)),
     Case(PageLayout(128, 16, 4, 3), 1, 16, (90, 33), (1, 1), F16),
+    Case(PageLayout(128, 4, 2), 1, 4, (900, 60, 31), (1, 1, 1), blocks=2),
+    Case(PageLayout(64, 4, 4), 1, 4, (200, 50), (40, 50), window=70, blocks=7),
     Case(PageLayout(128, 4, 16, 3), 1, 4, (90, 33), (1, 2), block_size=48, window=20),
 )
 

@@ -24,7 +24,7 @@ class Layer:
     def __init__(self, window: int = -1) -> None:
         self.impl = self
         self.page = kv_format.LayerFormat(LAYOUT, True, None, None)
-        self.window, self.reserved = window, 0
+        self.window, self.reserved, self.short_queries = window, 0, 24
         self.cuts: list[int] = []
 
     def reserve(self) -> None:
@@ -88,10 +88,15 @@ def test_a_decode_step_hands_the_engines_own_buffers_through(make_config: Any) -
 
 
 def test_a_mixed_step_is_split(make_config: Any) -> None:
-    common = batch([1, 1, 20, 30], [9, 8, 0, 50])
+    common = batch([1, 1, 20, 30, 20], [9, 8, 0, 50, 70])
     found = builder(make_config, Layer()).build(0, common)
     assert (found.decodes, found.decode_tokens, found.max_query_len) == (2, 2, 1)
-    assert [(r.run.first, r.run.last, r.run.fresh) for r in found.prefill] == [(2, 3, True), (3, 4, False)]
+    assert [(r.run.first, r.run.last, r.run.source) for r in found.prefill] == [
+        (2, 3, "new"),
+        (3, 4, "copy"),
+        (4, 5, "pages"),
+    ]
+    assert found.prefill[2].seq_lens.as_subclass(torch.Tensor).tolist() == [90]
     assert found.prefill[1].cu_keys.tolist() == [0, 80]
     assert torch.equal(found.prefill[1].block_table, common.block_table_tensor[3:4])
 
@@ -147,14 +152,16 @@ def test_what_the_device_gets_is_what_was_planned() -> None:
     table = torch.arange(40, dtype=torch.int32).view(5, 8)
     runs = plan_prefill([0, 20, 50, 90, 130, 200], [20, 30, 140, 140, 70], 0, window=32, capacity=300)
     assert len(runs) == 3
-    for served in to_device(runs, table):
+    lengths = torch.tensor([20, 30, 140, 140, 70], dtype=torch.int32)
+    for served in to_device(runs, table, lengths):
         run = served.run
         assert tuple(served.cu_queries.tolist()) == run.queries
         assert tuple(served.cu_keys.tolist()) == run.keys
         assert tuple(served.starts.tolist()) == run.starts
         assert torch.equal(served.block_table, table[run.first : run.last])
+        assert torch.equal(served.seq_lens, lengths[run.first : run.last])
         assert all(b > a for a, b in pairwise(run.queries))
-    assert to_device((), table) == ()
+    assert to_device((), table, lengths) == ()
 
 
 def test_the_slot_custom_builds_this_metadata() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from jettison.csrc.layout import PageLayout
 from jettison.csrc.ops import kv_store, packed_attention
 from jettison.hooks.vllm.cuda_metadata import to_device
-from jettison.hooks.vllm.cuda_prefill import Prefill
+from jettison.hooks.vllm.cuda_prefill import Prefill, pages_attention
 from jettison.hooks.vllm.kv_format import LayerFormat
 from jettison.hooks.vllm.prefill_plan import count_decodes, plan_prefill
 
@@ -74,14 +74,18 @@ class Batch:
         self.key, self.value = torch.cat(new, 1)
         self.query = torch.randn(self.bounds[-1], HEADS, SIZE, generator=generator)
 
-    def prefill(self, page: LayerFormat, window: int, *, read_fresh: bool, capacity: int) -> Tensor:
+    def prefill(self, page: LayerFormat, window: int, *, read_fresh: bool, capacity: int, short: int = 0) -> Tensor:
         first = count_decodes(self.bounds, 1)
         assert first == 2
-        runs = plan_prefill(self.bounds, self.lengths, first, window=window, capacity=capacity, read_fresh=read_fresh)
+        runs = plan_prefill(
+            self.bounds, self.lengths, first, window=window, capacity=capacity, read_fresh=read_fresh, short=short
+        )
         room = torch.full((2, capacity, KV_HEADS, SIZE), float("nan"))
         output = torch.full_like(self.query, 7.0)
-        serve = Prefill(page, flash(window), lambda: (room[0], room[1]))
-        serve(self.query, self.key, self.value, self.cache, output, to_device(runs, self.block_table))
+        pages = pages_attention(page, scale=SCALE, window=window, softcap=0.0, sinks=None, workspace=lambda: None)
+        serve = Prefill(page, flash(window), pages, lambda: (room[0], room[1]))
+        lengths = torch.tensor(self.lengths, dtype=torch.int32)
+        serve(self.query, self.key, self.value, self.cache, output, to_device(runs, self.block_table, lengths))
         assert (output[:2] == 7.0).all(), "rows that decode are not prefill's"
         return output[2:]
 
@@ -122,6 +126,15 @@ def test_reading_back_is_attention_over_the_pages(what: LayerFormat, window: int
         worst = (found - expected).abs().max().item()
         limit = 0.02 if what.layout.key_bits == 16 else 0.05
         assert worst < limit, f"seed {seed}: off by {worst}"
+
+
+@pytest.mark.parametrize("window", [-1, 24])
+def test_short_runs_are_served_from_the_pages(window: int) -> None:
+    what = page(4, 4, rotate=True, channels=True)
+    for seed in range(4):
+        batch = Batch(what, seed)
+        found = batch.prefill(what, window, read_fresh=False, capacity=1000, short=40)
+        assert torch.equal(found, batch.pages(what, window)), f"seed {seed}"
 
 
 @pytest.mark.parametrize("window", [-1, 24])

@@ -41,34 +41,43 @@ def seen(runs: Sequence[Run], window: int) -> dict[int, tuple[int, int, range]]:
 
 @pytest.mark.parametrize("window", [-1, 1, 7, 64])
 @pytest.mark.parametrize("read_fresh", [True, False])
-def test_every_prefill_query_sees_its_own_prefix(window: int, read_fresh: bool) -> None:
+@pytest.mark.parametrize("short", [0, 20])
+def test_every_prefill_query_sees_its_own_prefix(window: int, read_fresh: bool, short: int) -> None:
     rng = random.Random(20_261_123)
     for case in range(CASES):
         bounds, lengths, threshold = batch(rng)
         capacity = max([*lengths, 1]) + rng.randrange(100)
         first = count_decodes(bounds, threshold)
-        runs = plan_prefill(bounds, lengths, first, window=window, capacity=capacity, read_fresh=read_fresh)
+        runs = plan_prefill(
+            bounds, lengths, first, window=window, capacity=capacity, read_fresh=read_fresh, short=short
+        )
         expected = {}
         for row in range(first, len(lengths)):
             for token in range(bounds[row], bounds[row + 1]):
                 position = lengths[row] - (bounds[row + 1] - token)
                 low = max(0, position - window + 1) if window > 0 else 0
                 expected[token] = (row, position, range(low, position + 1))
-        where = f"case {case}: {bounds}, {lengths}, window {window}, capacity {capacity}, fresh {read_fresh}"
+        options = f"window {window}, capacity {capacity}, fresh {read_fresh}, short {short}"
+        where = f"case {case}: {bounds}, {lengths}, {options}"
         assert seen(runs, window) == expected, where
         for run in runs:
             rows = range(run.first, run.last)
             whole = [lengths[row] == bounds[row + 1] - bounds[row] for row in rows]
-            assert not run.fresh or (read_fresh and all(whole)), where
-            assert run.fresh or not read_fresh or not any(whole), where
-            assert run.fresh or run.keys[-1] <= capacity, where
+            new = [bounds[row + 1] - bounds[row] for row in rows]
+            if run.source == "new":
+                assert read_fresh, where
+                assert all(whole), where
+            else:
+                assert not read_fresh or not any(whole), where
+                assert all((count <= short) == (run.source == "pages") for count in new), where
+            assert run.source != "copy" or run.keys[-1] <= capacity, where
             assert run.end - run.begin == run.queries[-1], where
             assert (run.begin, run.end) == (bounds[run.first], bounds[run.last]), where
 
 
 def test_neighbours_of_one_kind_share_a_call() -> None:
     runs = plan_prefill([0, 20, 50, 90, 130], [20, 30, 140, 140], 0, window=-1, capacity=300)
-    assert [(run.first, run.last, run.fresh) for run in runs] == [(0, 2, True), (2, 4, False)]
+    assert [(run.first, run.last, run.source) for run in runs] == [(0, 2, "new"), (2, 4, "copy")]
     assert runs[0].queries == runs[0].keys == (0, 20, 50)
     assert (runs[1].queries, runs[1].keys, runs[1].starts) == ((0, 40, 80), (0, 140, 280), (0, 0))
     assert (runs[1].max_queries, runs[1].max_keys) == (40, 140)

@@ -71,8 +71,8 @@ def test_speculation(make_config: Callable[..., Any], monkeypatch: pytest.Monkey
     assert engine_for(speculating(40, KV)) is not None, "the CPU kernel takes any number of queries"
     monkeypatch.setattr(refusals, "_is_cpu", lambda: False)
     slot = {"attention_backend": "CUSTOM"}
-    assert engine_for(speculating(15, KV, **slot)) is not None
-    assert "verifies 17 tokens" in refused(speculating(16, KV, **slot))
+    assert engine_for(speculating(63, KV, **slot)) is not None
+    assert "verifies 65 tokens" in refused(speculating(64, KV, **slot))
 
 
 @pytest.mark.parametrize(
