@@ -23,6 +23,7 @@ from jettison.hooks.quality import Quality
 from jettison.hooks.results import Results
 from jettison.hooks.types import KVFormat
 from jettison.plugins.kvtuner import calibration, quality, sensitivity
+from jettison.plugins.kvtuner.detector import measured_formats
 from jettison.plugins.kvtuner.table import ModelShape, Pair
 
 HERE = Path(__file__).resolve().parent
@@ -95,41 +96,27 @@ def _cases(
 ) -> Iterator[tuple[str, str, list[KVFormat]]]:
     sinks = settings.sink_tokens
     for pair in ((8, 8), (4, 4)) if quick else UNIFORM:
-        formats = _formats([pair] * shape.num_layers, measured, sinks)
+        formats = measured_formats([pair] * shape.num_layers, measured, sinks)
         yield f"k{pair[0]}v{pair[1]}", "jettison", formats
         if not quick:
             plain = [KVFormat(*pair) for _ in formats]
             yield f"k{pair[0]}v{pair[1]}", "no rotation, centre, equalisation, sink", plain
     for ratio in (3.0,) if quick else RATIOS:
         pairs, _ = calibration.choose_pairs(measured, shape, replace(settings, ratio=ratio))
-        yield f"table {ratio:g}x", "jettison", _formats(pairs, measured, sinks)
+        yield f"table {ratio:g}x", "jettison", measured_formats(pairs, measured, sinks)
     if quick:
         return
     for tokens in (0, 2, 4):
         other = replace(settings, sink_tokens=tokens)
         pairs, _ = calibration.choose_pairs(measured, shape, other)
-        yield "table 3x", f"{tokens} sink tokens", _formats(pairs, measured, tokens)
+        yield "table 3x", f"{tokens} sink tokens", measured_formats(pairs, measured, tokens)
     pairs, _ = calibration.choose_pairs(measured, shape, settings)
     shuffled = pairs.copy()
     random.Random(0).shuffle(shuffled)
-    yield "table 3x", "layers shuffled", _formats(shuffled, measured, sinks)
+    yield "table 3x", "layers shuffled", measured_formats(shuffled, measured, sinks)
     for name, errors in (("e_o", measured.output_error), ("norm ratio", measured.output_norm_ratio.square())):
         pairs, _ = calibration.choose_pairs(replace(measured, kl=errors), shape, settings)
-        yield "table 3x", f"ranked by {name}", _formats(pairs, measured, sinks)
-
-
-def _formats(pairs: Sequence[Pair], measured: sensitivity.Sensitivity, sinks: int) -> list[KVFormat]:
-    return [
-        KVFormat(
-            key,
-            value,
-            rotate=True,
-            sink_tokens=sinks,
-            key_center=measured.key_center[layer].tolist(),
-            key_scale=measured.key_scale[layer].tolist(),
-        )
-        for layer, (key, value) in enumerate(pairs)
-    ]
+        yield "table 3x", f"ranked by {name}", measured_formats(pairs, measured, sinks)
 
 
 def _record(results: Results, case: str, system: str, formats: Sequence[KVFormat], found: Quality) -> None:

@@ -4,15 +4,31 @@ import json
 import random
 
 import pytest
+import torch
 
 import tiny_models
 from jettison.hooks.cli import main
-from jettison.plugins.kvtuner import sensitivity
+from jettison.plugins.kvtuner import command_measure, sensitivity
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(tiny_models.llama(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def fragile(model, tmp_path_factory):
+    """`model` with queries a hundred times as large: attention hangs on differences that 4 bits do not keep."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "fragile"
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        for layer in loaded.model.layers:
+            layer.self_attn.q_proj.weight.mul_(100)
+    loaded.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +68,25 @@ def test_check_prints_a_table_and_its_advice(model, files, capsys):
     assert code == 0, said.err
     for words in ("k4v4", "top-1 agreement", "uniform 4-bit keys and values", "kvtuner"):
         assert words in said.out, said.out
+
+
+def test_check_is_a_gate(model, fragile, files, capsys):
+    """With --require the code is that of the pair's level; what is printed as JSON is the same with and without."""
+    for folder, pair, code in ((model, "k4v4", 0), (fragile, "k4v4", 1)):
+        words = ("check", folder, "--text", files["a"], "--length", "64", "--json")
+        plain, (found, said) = run(capsys, *words), run(capsys, *words, "--require", pair)
+        content = json.loads(said.out)
+        levels = {(own["pair"], own["codec"]): own["level"] for own in content["runs"]}
+        assert (plain[0], plain[1].out) == (0, said.out), folder
+        assert (found, levels[pair, "measured"] == "bears") == (code, code == 0), (folder, pair, levels, said.err)
+        assert ("required is less than 1.05" in said.err) == (code == 1), (folder, said.err)
+    assert run(capsys, "check", model, "--require", "k2v2")[0] == 2
+
+
+def test_every_pair_that_check_runs_can_be_required():
+    from jettison.plugins.kvtuner.detector import UNIFORM
+
+    assert tuple(f"k{key}v{value}" for key, value in UNIFORM) == command_measure.REQUIRABLE
 
 
 def test_drift_compares_two_domains(model, files, tmp_path, capsys):
@@ -126,7 +161,7 @@ def test_bad_input_is_one_sentence(model, files, tmp_path, capsys):
             *domains,
             "--table",
             str(table),
-        ): "is for 4 layers, 1 KV heads and head size 32; the model has 4",
+        ): "is for 4 layers, 1 KV heads and head size 32, but the model has 4",
         ("check", model, "--text", files["a"], "-o", str(tmp_path / "no" / "a.json")): "cannot write",
     }
     for words, sentence in cases.items():

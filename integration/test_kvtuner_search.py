@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jettison.hooks import assets
+from jettison.hooks import InputRefused, assets
 from jettison.hooks.quality import summarise
 from jettison.plugins.kvtuner import calibration, tune
 from jettison.plugins.kvtuner.ledger import Ledger
@@ -48,3 +48,23 @@ def test_a9_the_search_beats_the_best_uniform_pair_and_a_shuffled_table() -> Non
     for other in ("uniform", "shuffled"):
         difference, error = paired(found["search"], found[other])
         assert difference + 3 * error < 0, f"search against {other}: {difference} +- {error} of {figures}"
+
+
+@pytest.mark.assets
+def test_packaged_texts_are_as_long_as_asked_for_and_share_nothing() -> None:
+    """Long contexts too (8,192 tokens, longer than any article): whole, and no two texts have a run in common."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(assets.checkpoint(ROOT / "build"))
+    for split in ("calibration", "held-out"):
+        short = calibration.token_texts(tokenizer, split, 4, 1024)
+        texts = calibration.token_texts(tokenizer, split, 4, 8192)
+        assert [len(ids) for ids in texts] == [8192] * 4, split
+        assert short[2].tolist() == texts[2][:1024].tolist(), "a short one is the beginning of the same article"
+        runs = [{tuple(ids[n : n + 64].tolist()) for n in range(0, 8192 - 64, 64)} for ids in texts]
+        whole = [" ".join(map(str, ids.tolist())) for ids in texts]
+        for number, own in enumerate(runs):
+            for other in (text for index, text in enumerate(whole) if index != number):
+                assert not any(" ".join(map(str, run)) in other for run in own), f"{split}, text {number}"
+    with pytest.raises(InputRefused, match="the packaged texts are too short: 2 of 1000000 tokens are wanted"):
+        calibration.token_texts(tokenizer, "held-out", 2, 1_000_000)

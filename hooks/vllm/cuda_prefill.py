@@ -74,9 +74,17 @@ def pages_attention(
         workspace: gives its scratch memory, not that of the decode rows of the same step.
     """
 
-    def attend(*batch: Tensor, max_query_len: int) -> None:
+    def attend(
+        query: Tensor, cache: Tensor, output: Tensor, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, *,
+        max_query_len: int,
+    ) -> None:  # fmt: skip
         packed_attention(
-            *batch,
+            query,
+            cache,
+            output,
+            query_start_loc,
+            seq_lens,
+            block_table,
             page.layout,
             scale=scale,
             rotate=page.rotate,

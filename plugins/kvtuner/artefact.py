@@ -10,6 +10,7 @@ import binascii
 import re
 import struct
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Bits = Literal[16, 8, 4, 2]
 Pair = tuple[int, int]
 """(key bits, value bits)."""
+
+Choice = Pair | tuple[str, str]
+"""What a layer stores: bits of a packed page, or names of a key codec and a value codec."""
 
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -26,7 +30,11 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 _PAIR = re.compile(r"k(16|8|4|2)v(16|8|4|2)")
 _RUN = re.compile(rf"(?:([1-9][0-9]{{0,3}})x)?{_PAIR.pattern}")
+_NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
+_NAMED_RUN = re.compile(rf"([1-9][0-9]{{0,3}})x({_NAME})/({_NAME})")
 MAX_CANARY = 8192
+CANARY_PLACES = 512
+"""Positions of a canary whose log-probabilities are kept: 1 KiB in a table, which travels in the engine's flags."""
 
 
 class Part(BaseModel):
@@ -136,17 +144,28 @@ class Canary(Part):
         kl: mean KL of the table on it, nats, in float32 with exact attention.
         standard_error: of `kl`.
         nll: mean negative log-likelihood of its tokens in the unquantised model, nats: tells which model it was.
+        log_likelihoods: base64 of little-endian float16, the log-probability that the unquantised model gives to the
+            token at each of `places` after all before it: what an engine is compared with.
+        effect: mean absolute difference that the table makes to them, nats; both are there or neither.
     """
 
     tokens: Annotated[str, Field(min_length=8, max_length=6 * MAX_CANARY)]
     kl: Positive
     standard_error: Positive
     nll: Positive | None = None
+    log_likelihoods: Annotated[str, Field(max_length=4 * CANARY_PLACES)] | None = None
+    effect: Positive | None = None
 
     @model_validator(mode="after")
     def _readable(self) -> Canary:
         if len(self.ids) < 2:
             raise ValueError("the canary needs two tokens or more")
+        if (self.log_likelihoods is None) != (self.effect is None):
+            raise ValueError("the canary has one of log_likelihoods and effect without the other")
+        if self.log_likelihoods is not None:
+            found, wanted = self.exact, len(self.places)
+            if len(found) != wanted or not all(-65504 <= number <= 0 for number in found):
+                raise ValueError(f"the canary's log-likelihoods are not {wanted} numbers of at most 0")
         return self
 
     @property
@@ -160,30 +179,68 @@ class Canary(Part):
             raise ValueError(f"the canary holds {len(data)} bytes; allowed are 4 per token, {MAX_CANARY} tokens")
         return list(struct.unpack(f"<{len(data) // 4}I", data))
 
+    @property
+    def places(self) -> range:
+        """Positions of `log_likelihoods`, at most `CANARY_PLACES`, evenly over the sample; the first token has none."""
+        length = len(self.ids)
+        return range(1, length, -(-(length - 1) // CANARY_PLACES))
+
+    @property
+    def exact(self) -> list[float]:
+        """Log-probabilities at `places` in the unquantised model."""
+        try:
+            data = base64.b64decode(self.log_likelihoods or "", validate=True)
+            return list(struct.unpack(f"<{len(data) // 2}e", data))
+        except (binascii.Error, ValueError, struct.error) as error:
+            raise ValueError("the canary's log-likelihoods are not base64 of float16") from error
+
     @classmethod
-    def of(cls, ids: Sequence[int], kl: float, standard_error: float, nll: float | None = None) -> Canary:
-        """Make a canary of token ids and the quality measured on them."""
+    def of(
+        cls,
+        ids: Sequence[int],
+        kl: float,
+        standard_error: float,
+        nll: float | None = None,
+        rows: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> Canary:
+        """Make a canary of token ids and what was measured on them.
+
+        `rows` are log-probabilities of tokens 1, 2, ... in the unquantised model and with the table.
+        """
         text = base64.b64encode(struct.pack(f"<{len(ids)}I", *ids)).decode("ascii")
-        return cls(tokens=text, kl=kl, standard_error=standard_error, nll=nll)
+        made = cls(tokens=text, kl=kl, standard_error=standard_error, nll=nll)
+        if rows is None:
+            return made
+        exact, stored = ([max(-65504.0, min(0.0, row[place - 1])) for place in made.places] for row in rows)
+        effect = sum(abs(one - other) for one, other in zip(exact, stored, strict=True)) / len(exact)
+        packed = base64.b64encode(struct.pack(f"<{len(exact)}e", *exact)).decode("ascii")
+        return cls(**{**made.model_dump(), "log_likelihoods": packed, "effect": effect})
 
 
-def write_pairs(pairs: Sequence[Pair]) -> str:
-    """Write the pairs of all layers in runs, e.g. "k8v8 3xk8v4 26xk4v4"."""
-    runs: list[list[int]] = []
-    for key, value in pairs:
-        if runs and runs[-1][1:] == [key, value]:
-            runs[-1][0] += 1
-        else:
-            runs.append([1, key, value])
-    return " ".join(f"{count}xk{key}v{value}" if count > 1 else f"k{key}v{value}" for count, key, value in runs)
+def write_pairs(pairs: Sequence[Choice]) -> str:
+    """Write what all layers store in runs, e.g. "k8v8 3xk8v4 26xk4v4", or "1xfp8/fp8 29xint8/int4" for named codecs."""
+    words = []
+    for choice, run in groupby(pairs):
+        count = sum(1 for _ in run)
+        named = isinstance(choice[0], str)
+        words.append(f"{count}x" * (named or count > 1) + write_choice(choice))
+    return " ".join(words)
 
 
-def read_pairs(text: str) -> list[Pair]:
-    """Return the pairs that `write_pairs` wrote. Raises ValueError for anything else."""
-    pairs: list[Pair] = []
+def write_choice(choice: Choice) -> str:
+    """Write one layer's, e.g. "k8v4" or "fp8/int4"."""
+    key, value = choice
+    return f"{key}/{value}" if isinstance(key, str) else f"k{key}v{value}"
+
+
+def read_pairs(text: str) -> list[Choice]:
+    """Return what `write_pairs` wrote. Raises ValueError for anything else."""
+    pairs: list[Choice] = []
     for word in text.split(" "):
-        match = _RUN.fullmatch(word)
-        if match is None:
+        if match := _RUN.fullmatch(word):
+            pairs += [(int(match[2]), int(match[3]))] * int(match[1] or 1)
+        elif match := _NAMED_RUN.fullmatch(word):
+            pairs += [(match[2], match[3])] * int(match[1])
+        else:
             raise ValueError(f"{word[:32]!r} is not a run of pairs such as 3xk8v4")
-        pairs += [(int(match[2]), int(match[3]))] * int(match[1] or 1)
     return pairs

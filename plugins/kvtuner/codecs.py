@@ -2,7 +2,8 @@
 
 A codec is any object with the five members of `Codec`. Ours are registered below; others join by the entry-point group
 `jettison.kv_codecs` (an entry point is a codec, or a function without arguments that returns one) or by `register`.
-`page_bits` says which codecs the engines' packed pages hold; the others can be measured and searched, not served.
+`page_bits` says which codecs the engines' packed pages hold. Others can be measured, searched and compared; those of
+`codec_layer.CodecLayer` are stored by the Hugging Face cache.
 """
 
 from __future__ import annotations
@@ -69,6 +70,16 @@ def pair_bytes(key: Codec, value: Codec, head_size: int, sink_tokens: int = 0, b
         return PageLayout(head_size, key.page_bits, value.page_bits, sink_tokens).bytes_per_token(block_size)
     sinks = math.ceil(PageLayout(head_size, 16, 16, sink_tokens).sink_bytes / block_size)
     return key.bytes_per_token(head_size) + value.bytes_per_token(head_size) + sinks
+
+
+def nominal_bits(side: int | str) -> float:
+    """Nominal bits per element of a page's side or a named codec; ConfigError for an unknown one."""
+    return side if isinstance(side, int) else get(side).bits
+
+
+def option_bytes(key: Codec, value: Codec, kv_heads: int, head_size: int, sink_tokens: int, block_size: int) -> int:
+    """Bytes per token of one layer, all KV heads, rounded up to whole ones."""
+    return math.ceil(kv_heads * pair_bytes(key, value, head_size, sink_tokens, block_size) - 1e-9)
 
 
 def store(

@@ -12,7 +12,7 @@ import click
 from jettison.hooks.console import json_option, print_json, print_table, progress
 from jettison.plugins.kvtuner.command_measure import check, drift
 from jettison.plugins.kvtuner.command_presets import COMMANDS
-from jettison.plugins.kvtuner.command_search import compare, report, search
+from jettison.plugins.kvtuner.command_search import codecs, compare, report, search
 from jettison.plugins.kvtuner.summary import print_summary, summary
 from jettison.plugins.kvtuner.table import Table, load_table
 
@@ -28,7 +28,7 @@ def kvtuner() -> None:
     """Mixed-precision KV cache: measure a model's layers and choose their bits."""
 
 
-for command in (search, report, compare, check, drift, *COMMANDS):
+for command in (search, report, compare, codecs, check, drift, *COMMANDS):
     kvtuner.add_command(command)
 
 
@@ -81,8 +81,8 @@ def show(table: Path, as_json: bool) -> None:
     if as_json:
         print_json(summary(content))
         return
-    rows = [(bits.layer, bits.key_bits, bits.value_bits) for bits in content.payload.layers]
-    print_table(("layer", "key bits", "value bits"), rows, title=content.model.name)
+    rows = [(layer, *pair) for layer, pair in enumerate(content.payload.choices)]
+    print_table(("layer", "keys, bits", "values, bits"), rows, title=content.model.name)
     print_summary(content)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from jettison.hooks.console import json_option, print_json, print_table
+from jettison.hooks.errors import ConfigError
 from jettison.hooks.files import write_atomically
 from jettison.plugins.kvtuner.table import load_table
 from jettison.plugins.kvtuner.vllm_export import FORMATS, recipe
@@ -80,27 +81,57 @@ def export(table: Path, engine: str, cache_dtype: str | None, output: Path | Non
     click.echo(found.command)
     real = 16 * found.bytes_per_token / found.bf16_bytes_per_token
     click.echo(
-        f"# {real:.2f} real bits, {found.bytes_per_token} bytes per token instead of {found.bf16_bytes_per_token}; "
-        f"{engine} quantises in its own way ({found.cache_dtype}), so the table's KL does not hold for it.",
+        f"# {real:.2f} real bits ({found.nominal_bits:.2f} nominal), {found.bytes_per_token} bytes per token instead "
+        f"of {found.bf16_bytes_per_token}; {engine} quantises in its own way ({found.cache_dtype}), so the table's KL "
+        "does not hold for it.",
         err=True,
     )
 
 
 @click.command()
 @click.argument("table", type=click.Path(path_type=Path))
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option("--url", help="A running vLLM server to compare instead, e.g. http://127.0.0.1:8000.")
 @json_option
-def verify(table: Path, model: str, as_json: bool) -> None:
-    """Run the sample stored in TABLE through MODEL and compare its KL with the stored one.
+def verify(table: Path, model: str | None, url: str | None, as_json: bool) -> None:
+    """Run the sample stored in TABLE through MODEL, or a running server, and compare with what was stored.
 
-    Fails unless they agree within 5 % (and 1e-5 nats), and the model's own likelihood of the sample within 0.01 nats
-    per token. Two passes over about 2,000 tokens.
+    With MODEL, a checkpoint folder, fails unless the KL agrees within 5 % (and 1e-5 nats), and the model's own
+    likelihood of the sample within 0.01 nats per token. Two passes over about 2,000 tokens.
+
+    With --url one request: fails if the server's log-probabilities differ from the unquantised model's by more than
+    the table's did (and a quarter, and 0.05 nats for 16-bit arithmetic).
     """
-    from jettison.plugins.kvtuner.calibration import load_model
-    from jettison.plugins.kvtuner.canary import LIKELIHOOD, check_sample, verify
+    from jettison.plugins.kvtuner.canary import check_sample
 
     content = load_table(table)
     check_sample(content)
+    if (model is None) == (url is None):
+        raise ConfigError("neither or both of MODEL and --url are given", allowed="exactly one of them is needed")
+    if url is not None:
+        _verify_server(content, url, as_json=as_json)
+    else:
+        _verify_model(content, str(model), as_json=as_json)
+
+
+def _verify_server(content: Table, url: str, *, as_json: bool) -> None:
+    from jettison.plugins.kvtuner.engine_canary import verify_server
+
+    found = verify_server(content, url)
+    if as_json:
+        print_json(found.content)
+    else:
+        quantises = {True: "quantises", False: "does not quantise as the table", None: "may or may not quantise"}
+        rows = [("the table, when it was made", found.effect, ""), ("the server", found.found, found.limit)]
+        title = f"{found.places} positions of {found.tokens} tokens; the server {quantises[found.quantises]}"
+        print_table(("from the unquantised model, nats per token", "mean", "allowed"), rows, title=title)
+    found.check(content)
+
+
+def _verify_model(content: Table, model: str, *, as_json: bool) -> None:
+    from jettison.plugins.kvtuner.calibration import load_model
+    from jettison.plugins.kvtuner.canary import LIKELIHOOD, verify
+
     found = verify(content, load_model(model)[0])
     if as_json:
         print_json(found.content)

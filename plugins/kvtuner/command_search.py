@@ -30,6 +30,9 @@ _PATH = click.Path(dir_okay=False, path_type=Path)
 @click.option("--sampler", type=click.Choice(["nsga2", "moead", "dp"]), default="nsga2", show_default=True)
 @click.option("--groups", default="singleton", show_default=True, help="auto, singleton, or a number of groups.")
 @click.option("--metric", type=click.Choice(["kl", "e_o", "norm-ratio"]), default="kl", show_default=True)
+@click.option(
+    "--codecs", help="Names that keys and values choose from, with commas between; see jettison kvtuner codecs."
+)
 @click.option("--trials", default=64, show_default=True, help="Candidates to run through the model.")
 @click.option("--population", default=16, show_default=True, help="Of the sampler; as many seeds come first.")
 @click.option("--sink-tokens", "sinks", multiple=True, type=int, default=(0, 1), show_default=True)
@@ -47,6 +50,8 @@ def search(model: str, output: Path, as_json: bool, **given: Any) -> None:
 
     Exactly one of --bits, --bytes and --ratio is needed. The state lies in OUTPUT.search: a search that was stopped
     goes on when the same command is given again, and more --trials continue it. A report is written there at the end.
+
+    Without --codecs layers choose among 16, 8, 4 and 2 bits with rotation, which engines serve.
     """
     from jettison.plugins.kvtuner.report import make_record, save_record, write_report
 
@@ -96,6 +101,7 @@ def _run(model: str, work: Path, given: dict[str, Any], show: Progress) -> tuple
             name: given[name]
             for name in ("metric", "sinks", "block_size", "length", "search_length", "finalists", "items")
         },
+        codecs=tuple(word.strip() for word in (given["codecs"] or "").split(",") if word.strip()),
     )
     make_folder(work)
     with Ledger(work / "journal.log") as ledger:
@@ -133,13 +139,14 @@ def report(table: Path, output: Path | None, as_json: bool) -> None:
 @click.option("--length", default=1024, show_default=True, help="Tokens per text.")
 @click.option("--text", "files", multiple=True, type=click.Path(path_type=Path), help="Text file to use instead.")
 @click.option("--items", default=0, show_default=True, help="LAMBADA items for the last-word accuracy.")
-@click.option("--sink-tokens", default=0, show_default=True, help="Of uniform pairs; a table has its own.")
+@click.option("--sink-tokens", default=0, show_default=True, help="Of pairs and codecs; a table has its own.")
 @click.option("--block-size", default=128, show_default=True, help="Tokens per block of the engine.")
 @json_option
 def compare(tables: tuple[str, ...], model: str, as_json: bool, **given: Any) -> None:
-    """Run TABLES (files, or pairs such as k8v4) against each other on text that no search has seen.
+    """Run TABLES against each other on text that no search has seen.
 
-    Differences are to the first, on the same positions.
+    A table is a file, a pair such as k8v4 (rotated, as engines store it), or two codecs such as fp8/int4 (see jettison
+    kvtuner codecs). Differences are to the first, on the same positions.
     """
     from jettison.plugins.kvtuner.compare import run_compare
 
@@ -157,13 +164,37 @@ def compare(tables: tuple[str, ...], model: str, as_json: bool, **given: Any) ->
     print_table(columns, [tuple(row.values()) for row in rows], title=f"{Path(model).name}, held-out text")
 
 
+@click.command()
+@click.option("--head-size", default=64, show_default=True, type=click.IntRange(32, 256), help="Of the model.")
+@json_option
+def codecs(head_size: int, as_json: bool) -> None:
+    """List the codecs that search --codecs and compare take: built in, and of installed packages.
+
+    Engines serve those on packed pages, all rotated (-hadamard) or none. The Hugging Face cache stores these, however
+    mixed, and fp8; the others are measured and compared.
+    """
+    from jettison.plugins.kvtuner.codecs import get, names
+
+    rows = []
+    for codec in map(get, names()):
+        size = codec.bytes_per_token(head_size)
+        pages = codec.page_bits is not None
+        rows.append({"codec": codec.name, "bits": codec.bits, "real_bits": 8 * size / head_size, "pages": pages})
+    if as_json:
+        print_json(rows)
+        return
+    shown = [(row["codec"], row["bits"], row["real_bits"], "yes" if row["pages"] else "no") for row in rows]
+    print_table(("codec", "bits", "real bits", "packed pages"), shown, title=f"one side, head size {head_size}")
+
+
 def _warn_of_ranks(prepared: Prepared) -> None:
     found = prepared.measured[prepared.space.sinks[0]].disagreements()
     if found:
         worst = min(found, key=lambda one: one.correlation)
         click.echo(
-            f"warning: e_o and its norm ratio rank the layers differently for {len(found)} of 16 pairs (least Spearman "
-            f"correlation {worst.correlation:.2f}, {worst.option}); the search goes by --metric",
+            f"warning: e_o and its norm ratio rank the layers differently for {len(found)} of "
+            f"{len(prepared.space.options)} pairs (least Spearman correlation {worst.correlation:.2f}, {worst.option});"
+            " the search goes by --metric",
             err=True,
         )
 

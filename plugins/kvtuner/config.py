@@ -38,6 +38,8 @@ class KVTunerOptions(PluginOptions):
             )
         if self.table is not None and (self.rotate is not None or self.sink_tokens is not None):
             raise ValueError("'rotate' and 'sink_tokens' are for 'pair' only: a table has its own")
+        if self.table is not None:
+            self.table.format(0)
         return self
 
     @property

@@ -19,6 +19,7 @@ from torch import Tensor
 from jettison.csrc.layout import PageLayout
 from jettison.hooks.quality import Quality
 from jettison.hooks.types import KVFormat
+from jettison.plugins.kvtuner.objective import Formats
 from jettison.plugins.kvtuner.quality import evaluate, log_probabilities
 from jettison.plugins.kvtuner.sensitivity import PAIRS, Progress, Sensitivity
 from jettison.plugins.kvtuner.table import Pair
@@ -199,14 +200,4 @@ def plain_formats(pairs: Sequence[Pair]) -> list[KVFormat]:
 
 def measured_formats(pairs: Sequence[Pair], measured: Sensitivity, sink_tokens: int = 1) -> list[KVFormat]:
     """Formats of all layers with rotation and the statistics of `measured`."""
-    return [
-        KVFormat(
-            key,
-            value,
-            rotate=True,
-            sink_tokens=sink_tokens,
-            key_center=measured.key_center[layer].tolist(),
-            key_scale=measured.key_scale[layer].tolist(),
-        )
-        for layer, (key, value) in enumerate(pairs)
-    ]
+    return Formats(measured.key_center, measured.key_scale).pages(pairs, sink_tokens)

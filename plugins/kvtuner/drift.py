@@ -20,7 +20,7 @@ from jettison.hooks.quality import Quality
 from jettison.hooks.types import KVFormat
 from jettison.plugins.kvtuner.detector import measured_formats
 from jettison.plugins.kvtuner.metrics import rank_correlation
-from jettison.plugins.kvtuner.quality import evaluate, log_probabilities
+from jettison.plugins.kvtuner.quality import Stored, evaluate, log_probabilities
 from jettison.plugins.kvtuner.select import choose
 from jettison.plugins.kvtuner.sensitivity import PAIRS, Progress, Sensitivity, measure
 from jettison.plugins.kvtuner.table import Pair
@@ -71,7 +71,7 @@ class Drift:
 
     Attributes:
         model: its name. domains: names of both. tokens: calibration tokens of each.
-        real_bits: of the tables made, per element; None if no table was made.
+        real_bits, nominal_bits: of the largest of the tables made, per element; None if no table was made.
         rankings: one per metric of `METRICS` and pair of `SHOWN`.
         losses: predicted KL of every layer at 4 bits, on either domain.
         transfers: tables times domains.
@@ -84,6 +84,7 @@ class Drift:
     rankings: tuple[Ranking, ...]
     losses: tuple[tuple[float, ...], ...]
     transfers: tuple[Transfer, ...]
+    nominal_bits: float | None = None
 
     @property
     def penalty(self) -> float | None:
@@ -137,7 +138,7 @@ def drift(
     texts: Mapping[str, Sequence[Tensor]],
     *,
     held_out: Mapping[str, Sequence[Tensor]],
-    tables: Mapping[str, Sequence[KVFormat]] | None = None,
+    tables: Mapping[str, Stored] | None = None,
     name: str = "the model",
     real_bits: float = 4.25,
     sink_tokens: int = 1,
@@ -168,12 +169,13 @@ def drift(
         (domain, half): measuring(model, texts[domain][half::2], sink_tokens=sink_tokens, progress=progress)
         for domain, half in product(domains, (0, 1))
     }
-    found_bits = None
-    run: dict[tuple[str, int | None], Sequence[KVFormat]] = {(key, None): own for key, own in (tables or {}).items()}
+    found_bits = nominal = None
+    run: dict[tuple[str, int | None], Stored] = {(key, None): own for key, own in (tables or {}).items()}
     if tables is None:
         made = {key: _table(measured, real_bits, sink_tokens, block_size) for key, measured in halves.items()}
         run |= {key: formats for key, (formats, _) in made.items()}
-        found_bits = max(bits for _, bits in made.values())
+        largest, found_bits = max(made.values(), key=lambda one: one[1])
+        nominal = sum(form.key_bits + form.value_bits for form in largest) / (2 * len(largest))
     return Drift(
         model=name,
         domains=(domains[0], domains[1]),
@@ -182,6 +184,7 @@ def drift(
         rankings=tuple(_ranking(metric, pair, halves, domains) for metric, pair in product(METRICS, SHOWN)),
         losses=tuple(_losses(halves[domain, 0], halves[domain, 1]) for domain in domains),
         transfers=tuple(_transfers(model, run, held_out, progress)),
+        nominal_bits=nominal,
     )
 
 
@@ -224,7 +227,7 @@ def _table(measured: Sensitivity, real_bits: float, sink_tokens: int, block_size
 
 def _transfers(
     model: Any,
-    tables: Mapping[tuple[str, int | None], Sequence[KVFormat]],
+    tables: Mapping[tuple[str, int | None], Stored],
     held_out: Mapping[str, Sequence[Tensor]],
     progress: Progress,
 ) -> list[Transfer]:

@@ -78,11 +78,7 @@ def _is_other(table: Table, layer: AttentionLayer) -> bool:
 
 
 def _check_shape(table: Table, layer: AttentionLayer) -> None:
-    expected = (table.model.num_layers, table.model.num_kv_heads, table.model.head_size)
-    found = (layer.num_layers, layer.num_kv_heads, layer.head_size)
-    if expected != found or not 0 <= layer.index < layer.num_layers:
-        raise ConfigError(
-            f"the table of {table.model.name!r} is for {expected[0]} layers, {expected[1]} KV heads and head size "
-            f"{expected[2]}, but layer {layer.index} ({layer.name}) is of {found[0]}, with {found[1]} and {found[2]}",
-            do="measure a table for this model: jettison kvtuner sensitivity MODEL -o table.json",
-        )
+    has = f"the model of layer {layer.index} ({layer.name}) has"
+    table.check_model((layer.num_layers, layer.num_kv_heads, layer.head_size), has=has)
+    if not 0 <= layer.index < layer.num_layers:
+        raise ConfigError(f"{layer.name} is layer {layer.index}", allowed=f"layers are 0 to {layer.num_layers - 1}")

@@ -181,10 +181,11 @@ def _radius(rows: np.ndarray, tie: float) -> float:
     `tie` are alike, or near-twins would make the largest gap.
     """
     from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import pdist
 
     if len(rows) < 2:
         return tie
-    heights = np.maximum(np.concatenate(([tie], linkage(rows, "single")[:, 2])), tie)
+    heights = np.maximum(np.concatenate(([tie], linkage(pdist(rows), "single")[:, 2])), tie)
     ratios = heights[1:] / heights[:-1]
     at = int(ratios.argmax())
     return float(np.sqrt(heights[at] * heights[at + 1]) if ratios[at] >= GAP else heights[-1] * (1 + 1e-9))

@@ -64,7 +64,11 @@ class TokenLayer(PackedLayer):
                 keys = keys.add_(self._center[:, None])
         if self.form.value_bits < 16 and self.form.rotate:
             values = self._rotated_back(values)
-        return _own(keys, self.dtype), _own(values, self.dtype)
+        return self._given(keys), self._given(values)
+
+    def _given(self, states: Tensor) -> Tensor:
+        """`states` in the model's type, never a view of what is stored."""
+        return states.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
 
     def _rotated_back(self, rows: Tensor) -> Tensor:
         exact = torch.promote_types(self.dtype, torch.float32)
@@ -101,6 +105,7 @@ class PackedCache(Cache):
         config: the model's configuration.
         keys: "token" for one scale per token and head, as engines store them; "channel" for KIVI's per-channel keys,
             whose rotation and key statistics must be off.
+        codecs: with "token": names of key codec and value codec of every layer, see `codec_layer.CodecLayer`.
         attention_mask: the prompt's mask [rows, T], 0 for padding on the left. Without it, padding counts as text:
             sink tokens are then the first of the padded row, and padding takes part in per-channel ranges.
         sizes: with "channel": `group` and `residual` of `kivi_cache.ChannelLayer`, 32 and 32 unless given.
@@ -116,6 +121,7 @@ class PackedCache(Cache):
         config: Any,
         *,
         keys: Keys = "token",
+        codecs: Sequence[tuple[str, str]] | None = None,
         attention_mask: Tensor | None = None,
         **sizes: int,
     ) -> None:
@@ -124,8 +130,9 @@ class PackedCache(Cache):
             raise ConfigError(
                 f"{len(formats)} formats were given for {len(windows)} layers", do="give one per attention layer"
             )
-        layers = [_layer(keys, form, window, sizes) for form, window in zip(formats, windows, strict=True)]
-        super().__init__(layers=layers)
+        names: list[tuple[str, str] | None] = [*codecs] if codecs else [None] * len(windows)
+        kinds = zip(formats, windows, names, strict=True)
+        super().__init__(layers=[_layer(keys, form, window, sizes, own) for form, window, own in kinds])
         if attention_mask is not None:
             self.pad(attention_mask)
 
@@ -140,10 +147,12 @@ class PackedCache(Cache):
         payload = table.payload
         if payload.codec == "kivi":
             formats = [KVFormat(*pair) for pair in payload.pairs]
-            sizes = {"group": payload.group_size or 0, "residual": payload.residual or 0}
+            sizes: dict[str, Any] = {"group": payload.group_size or 0, "residual": payload.residual or 0}
             return cls(formats, config, keys="channel", attention_mask=attention_mask, **sizes)
-        formats = [table.format(layer) for layer in range(table.model.num_layers)]
-        return cls(formats, config, attention_mask=attention_mask)
+        if payload.codec == "named":
+            formats = [_statics(table, layer) for layer in range(table.model.num_layers)]
+            return cls(formats, config, codecs=payload.named, attention_mask=attention_mask)
+        return cls(table.formats(), config, attention_mask=attention_mask)
 
     @classmethod
     def uniform(
@@ -219,24 +228,31 @@ def check_shape(table: Table, config: Any) -> None:
     """Raise ConfigError unless the model of `config` has the layers, KV heads and head size of the table's."""
     text = config.get_text_config(decoder=True)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    found = (len(layer_windows(config)), text.num_key_value_heads, size)
-    expected = (table.model.num_layers, table.model.num_kv_heads, table.model.head_size)
-    if found != expected:
-        raise ConfigError(
-            f"the table of {table.model.name!r} is for {expected[0]} layers, {expected[1]} KV heads and head size "
-            f"{expected[2]}, but the model has {found[0]}, {found[1]} and {found[2]}",
-            do="measure a table for this model: jettison kvtuner sensitivity MODEL -o table.json",
-        )
+    table.check_model((len(layer_windows(config)), text.num_key_value_heads, size))
 
 
-def _layer(keys: Keys, form: KVFormat, window: int | None, sizes: dict[str, int]) -> PackedLayer:
+def _layer(
+    keys: Keys, form: KVFormat, window: int | None, sizes: dict[str, int], names: tuple[str, str] | None
+) -> PackedLayer:
     if keys == "token":
         if sizes:
             raise ConfigError(f"{', '.join(sizes)} was given for keys per token", do="use keys='channel'")
-        return TokenLayer(form, window)
+        if names is None:
+            return TokenLayer(form, window)
+        from jettison.plugins.kvtuner.codec_layer import CodecLayer
+        from jettison.plugins.kvtuner.codecs import get
+
+        return CodecLayer(form, window, get(names[0]), get(names[1]))
     from jettison.plugins.kvtuner.kivi_cache import ChannelLayer
 
     return ChannelLayer(form, window, **sizes)
+
+
+def _statics(table: Table, layer: int) -> KVFormat:
+    """Sink tokens and key statistics of a layer in named codecs, with bits that say which sides are below 16."""
+    center, scale = table.statistics(layer)
+    pair, sinks = table.payload.pairs[layer], table.payload.sink_tokens
+    return KVFormat(*pair, rotate=False, sink_tokens=sinks, key_center=center, key_scale=scale)
 
 
 def _store(bits: int, *, rotate: bool) -> Rows | PackedRows:
@@ -247,8 +263,3 @@ def _store(bits: int, *, rotate: bool) -> Rows | PackedRows:
 def _rotation(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The matrix of `hadamard`: reading is what decoding does all day, and one product is four times as fast."""
     return hadamard(torch.eye(size, dtype=dtype, device=device))
-
-
-def _own(states: Tensor, dtype: torch.dtype) -> Tensor:
-    """`states` in the model's type, never a view of what is stored."""
-    return states.to(dtype, copy=True, memory_format=torch.contiguous_format)

@@ -11,38 +11,49 @@ from torch import Tensor
 
 from jettison.hooks.quality import Quality
 from jettison.hooks.types import KVFormat
-from jettison.plugins.kvtuner.quality import evaluate, log_probabilities
+from jettison.plugins.kvtuner.artefact import Pair
+from jettison.plugins.kvtuner.codecs import get, storing
+from jettison.plugins.kvtuner.quality import Stored, evaluate, log_probabilities
 from jettison.plugins.kvtuner.space import Candidate
 
 Channels = list[list[list[float]]]
 
 
 class Formats:
-    """Turns candidates into the formats of all layers.
+    """Turns candidates into the formats of all layers, or, where they name codecs, into the attention to such a cache.
 
     Args:
         center, scale: [L, Hkv, D] static key codec, or None for none.
-        rotate: Hadamard rotation of keys and values.
+        rotate: Hadamard rotation of keys and values in packed pages; named codecs rotate or do not by themselves.
     """
 
     def __init__(self, center: Tensor | None, scale: Tensor | None, *, rotate: bool = True) -> None:
+        self._tensors = center, scale
         self._center: Channels | None = None if center is None else center.tolist()
         self._scale: Channels | None = None if scale is None else scale.tolist()
-        self._rotate = rotate
+        self.rotate = rotate
         self.sha256 = hashlib.sha256(repr((self._center, self._scale, rotate)).encode()).hexdigest()
 
-    def __call__(self, candidate: Candidate) -> list[KVFormat]:
-        """One format per layer."""
+    def __call__(self, candidate: Candidate) -> Stored:
+        """How the candidate stores."""
+        if isinstance(candidate.pairs[0][0], str):
+            keys, values = zip(*(map(get, map(str, pair)) for pair in candidate.pairs), strict=True)
+            center, scale = self._tensors
+            return storing(keys, values, sink_tokens=candidate.sink_tokens, center=center, scale=scale)
+        return self.pages(candidate.pairs, candidate.sink_tokens)  # type: ignore[arg-type]
+
+    def pages(self, pairs: Sequence[Pair], sink_tokens: int) -> list[KVFormat]:
+        """Formats of packed pages, one per layer."""
         return [
             KVFormat(
                 key,
                 value,
-                rotate=self._rotate,
-                sink_tokens=candidate.sink_tokens,
+                rotate=self.rotate,
+                sink_tokens=sink_tokens,
                 key_center=None if self._center is None else self._center[layer],
                 key_scale=None if self._scale is None else self._scale[layer],
             )
-            for layer, (key, value) in enumerate(candidate.pairs)
+            for layer, (key, value) in enumerate(pairs)
         ]
 
 

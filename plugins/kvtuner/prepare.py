@@ -6,22 +6,32 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from jettison.csrc.layout import PageLayout
 from jettison.hooks import assets
 from jettison.hooks.errors import ConfigError, InputRefused
 from jettison.plugins.kvtuner import calibration
+from jettison.plugins.kvtuner.artefact import Choice
+from jettison.plugins.kvtuner.codec_kinds import Native, PerToken
+from jettison.plugins.kvtuner.codecs import Codec, get, option_bytes
 from jettison.plugins.kvtuner.group import How, groups
 from jettison.plugins.kvtuner.ledger import digest
 from jettison.plugins.kvtuner.objective import Formats, texts_sha256, weights_sha256
+from jettison.plugins.kvtuner.payload import rounded_up
 from jettison.plugins.kvtuner.prune import prune
 from jettison.plugins.kvtuner.search import SearchSettings
-from jettison.plugins.kvtuner.sensitivity import PAIRS, Progress, Sensitivity, load_sensitivity, measure
+from jettison.plugins.kvtuner.sensitivity import (
+    Progress,
+    Sensitivity,
+    default_codecs,
+    load_sensitivity,
+    measure_sinks,
+)
 from jettison.plugins.kvtuner.space import Space
 from jettison.plugins.kvtuner.table import ModelShape
 
@@ -44,6 +54,9 @@ class TuneSettings:
         validation_length: tokens of each of the two texts that the finalists are ranked on.
         finalists: candidates that are ranked again on the validation text.
         items: task items for the finalists' accuracy; 0 for none.
+        codecs: names of those that keys and values choose from; empty for the engines' pages with rotation. Pages that
+            rotate alike (16 and int8, int4, int2, or all three with -hadamard) give a table that engines serve, any
+            others one of the codec `named`, for the Hugging Face cache.
     """
 
     groups: How = "singleton"
@@ -56,8 +69,13 @@ class TuneSettings:
     validation_length: int = 1024
     finalists: int = 6
     items: int = 100
+    codecs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if len(set(self.codecs)) != len(self.codecs):
+            raise ConfigError(f"codecs {', '.join(self.codecs)} name one twice", do="name each once")
+        for name in self.codecs:
+            rounded_up(name)
         if self.metric not in ("kl", "e_o", "norm-ratio"):
             raise ConfigError(f"metric {self.metric!r} is refused", allowed="allowed are kl, e_o and norm-ratio")
         if not self.sinks or len(set(self.sinks)) != len(self.sinks) or not all(0 <= n <= 16 for n in self.sinks):
@@ -72,6 +90,24 @@ class TuneSettings:
             )
         if self.finalists < 1 or self.items < 0:
             raise ConfigError(f"{self.finalists} finalists and {self.items} items are refused", allowed="1 and 0 least")
+
+    @property
+    def sides(self) -> tuple[Codec, ...]:
+        """What keys, and values, choose from."""
+        return tuple(map(get, self.codecs)) or default_codecs(rotate=True)
+
+    @property
+    def rotate(self) -> bool | None:
+        """Whether all pages are rotated; None if the codecs are not those of one kind of pages."""
+        kinds = {codec.rotate if isinstance(codec, PerToken) else None for codec in self.sides if codec != Native()}
+        return kinds.pop() if len(kinds) == 1 else None if kinds else False
+
+    @property
+    def options(self) -> tuple[Choice, ...]:
+        """What a layer chooses from, in the order of the sensitivities' columns."""
+        pages = self.rotate is not None
+        names = [codec.page_bits or 16 if pages else codec.name for codec in self.sides]
+        return tuple(product(names, names))  # type: ignore[arg-type]
 
     def longest(self, part: str) -> int:
         """Tokens of each text of one of `PARTS`."""
@@ -125,11 +161,11 @@ def prepare_loaded(
     progress: Progress = lambda _what, _done, _total: None,
 ) -> Prepared:
     """`prepare` for a model in memory."""
-    measured = {sink: _measured(model, texts["sensitivity"], sink, settings, work, progress) for sink in settings.sinks}
+    measured = _measured(model, texts["sensitivity"], settings, work, progress)
     first = measured[settings.sinks[0]]
     shape = calibration.model_shape(folder, first)
     space = make_space(measured, shape, settings)
-    formats = Formats(first.key_center, first.key_scale)
+    formats = Formats(first.key_center, first.key_scale, rotate=bool(settings.rotate))
     return Prepared(folder, model, tokenizer, shape, texts, data, measured, formats, space)
 
 
@@ -164,13 +200,13 @@ def file_parts(tokenizer: Any, files: Sequence[Path], settings: TuneSettings) ->
 
 def make_space(measured: dict[int, Sensitivity], shape: ModelShape, settings: TuneSettings) -> Space:
     """Prune the pairs of every layer and group the layers (paper, section 5.2)."""
-    costs = [option_costs(shape, sink, settings.block_size) for sink in settings.sinks]
+    costs = [option_costs(shape, settings, sink) for sink in settings.sinks]
     errors = [_errors(measured[sink], settings.metric).tolist() for sink in settings.sinks]
     first = measured[settings.sinks[0]]
     survivors = prune(errors[0], [costs[0]] * shape.num_layers)
     found = groups(survivors, errors[0], settings.groups, kinds=list(first.windows))
     return Space(
-        options=PAIRS,
+        options=settings.options,
         groups=tuple(found),
         sinks=settings.sinks,
         errors=tuple(tuple(tuple(row) for row in rows) for rows in errors),
@@ -178,10 +214,10 @@ def make_space(measured: dict[int, Sensitivity], shape: ModelShape, settings: Tu
     )
 
 
-def option_costs(shape: ModelShape, sink_tokens: int, block_size: int) -> list[int]:
-    """Bytes per token of one layer, all KV heads, for each of `PAIRS`."""
-    layouts = [PageLayout(shape.head_size, key, value, sink_tokens) for key, value in PAIRS]
-    return [shape.num_kv_heads * layout.bytes_per_token(block_size) for layout in layouts]
+def option_costs(shape: ModelShape, settings: TuneSettings, sink_tokens: int) -> list[int]:
+    """Bytes per token of one layer, all KV heads, for each of `settings.options`."""
+    where = (shape.num_kv_heads, shape.head_size, sink_tokens, settings.block_size)
+    return [option_bytes(key, value, *where) for key, value in product(settings.sides, repeat=2)]
 
 
 def resolve_budget(
@@ -220,16 +256,28 @@ def _errors(measured: Sensitivity, metric: Metric) -> Tensor:
 
 
 def _measured(
-    model: Any, texts: Sequence[Tensor], sink: int, settings: TuneSettings, work: Path | None, progress: Progress
-) -> Sensitivity:
-    facts = {"model": weights_sha256(model), "texts": texts_sha256(texts), "sinks": sink, "seed": settings.search.seed}
-    file = work / f"sensitivity-{digest(facts)[:16]}.safetensors" if work is not None else None
-    if file is not None and file.exists():
-        return load_sensitivity(file)
-    found = measure(model, texts, sink_tokens=sink, seed=settings.search.seed, progress=progress)
-    if file is not None:
-        found.save(file)
+    model: Any, texts: Sequence[Tensor], settings: TuneSettings, work: Path | None, progress: Progress
+) -> dict[int, Sensitivity]:
+    """Sensitivities at every sink setting: those kept in `work`, the others in one pass."""
+    files = {sink: _kept(model, texts, sink, settings, work) for sink in settings.sinks}
+    found = {sink: load_sensitivity(file) for sink, file in files.items() if file is not None and file.exists()}
+    if missing := [sink for sink in settings.sinks if sink not in found]:
+        sides, seed = settings.sides, settings.search.seed
+        found |= measure_sinks(model, texts, missing, keys=sides, values=sides, seed=seed, progress=progress)
+    for sink in missing:
+        if (file := files[sink]) is not None:
+            found[sink].save(file)
     return found
+
+
+def _kept(model: Any, texts: Sequence[Tensor], sink: int, settings: TuneSettings, work: Path | None) -> Path | None:
+    """Where the sensitivities at one sink setting are kept."""
+    if work is None:
+        return None
+    facts = {"model": weights_sha256(model), "texts": texts_sha256(texts), "sinks": sink, "seed": settings.search.seed}
+    if settings.codecs:
+        facts["codecs"] = list(settings.codecs)
+    return work / f"sensitivity-{digest(facts)[:16]}.safetensors"
 
 
 def parts_sha256(texts: dict[str, list[Tensor]]) -> str:

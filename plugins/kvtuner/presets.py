@@ -214,7 +214,6 @@ def _source(preset: Preset, ratio: float) -> Source:
         seed=0,
         capacity_ratio=round(ratio, 6),
         block_size=_BLOCK,
-        predicted_kl=0.0,
     )
 
 

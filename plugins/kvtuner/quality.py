@@ -14,27 +14,47 @@ from torch import Tensor
 
 from jettison.hooks.quality import Quality, compare, summarise
 from jettison.hooks.types import KVFormat
-from jettison.plugins.kvtuner.capture import Rule, intercept
+from jettison.plugins.kvtuner.capture import Attend, Rule, intercept
 from jettison.plugins.kvtuner.codec import store_keys, store_values
+from jettison.plugins.kvtuner.codecs import get, storing
+from jettison.plugins.kvtuner.table import Table
+
+Stored = Sequence[KVFormat] | Attend
+"""How a cache stores: formats of all layers, or `codecs.storing` of any codecs."""
 
 RUN = 32
 """Positions that `paired` takes as one observation."""
 
 
-def attention_of(model: Any, formats: Sequence[KVFormat] | None) -> AbstractContextManager[None]:
+def stored(table: Table) -> Stored:
+    """How `table` stores, for the functions here; ConfigError for per-channel keys, which a cache class stores."""
+    if table.payload.codec != "named":
+        return table.formats()
+    keys, values = zip(*((get(key), get(value)) for key, value in table.payload.named), strict=True)
+    center, scale = zip(*map(table.statistics, range(table.model.num_layers)), strict=True)
+    return storing(
+        keys,
+        values,
+        sink_tokens=table.payload.sink_tokens,
+        center=None if table.payload.key_center is None else torch.tensor(center),
+        scale=None if table.payload.key_scale is None else torch.tensor(scale),
+    )
+
+
+def attention_of(model: Any, formats: Stored | None) -> AbstractContextManager[None]:
     """While the context lasts, `model` attends to a cache stored in `formats`, one per layer (None: exact)."""
     return intercept(model, _attend(formats, model.device))
 
 
 @torch.no_grad()
-def log_probabilities(model: Any, ids: Tensor, formats: Sequence[KVFormat] | None = None) -> Tensor:
+def log_probabilities(model: Any, ids: Tensor, formats: Stored | None = None) -> Tensor:
     """Log-probabilities [T, vocabulary], float32, of a text [T], with the cache stored in `formats` (one per layer)."""
     with attention_of(model, formats):
         logits = model(ids[None].to(model.device), use_cache=False).logits[0]
     return torch.log_softmax(logits.float(), -1)
 
 
-def evaluate(model: Any, texts: Sequence[Tensor], references: Sequence[Tensor], formats: Sequence[KVFormat]) -> Quality:
+def evaluate(model: Any, texts: Sequence[Tensor], references: Sequence[Tensor], formats: Stored) -> Quality:
     """Quality of `formats` on `texts`, given the model's own log-probabilities of each."""
     return summarise(
         compare(exact, log_probabilities(model, ids, formats)) for ids, exact in zip(texts, references, strict=True)
@@ -44,7 +64,7 @@ def evaluate(model: Any, texts: Sequence[Tensor], references: Sequence[Tensor], 
 def rescore(
     model: Any,
     texts: Sequence[Tensor],
-    candidates: Sequence[Sequence[KVFormat]],
+    candidates: Sequence[Stored],
     progress: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
 ) -> list[list[tuple[Tensor, Tensor]]]:
     """Compare many candidates on the same positions, holding the reference of one text at a time.
@@ -74,9 +94,11 @@ def paired(one: Sequence[tuple[Tensor, Tensor]], other: Sequence[tuple[Tensor, T
     return torch.cat(differences).mean().item(), spread
 
 
-def _attend(formats: Sequence[KVFormat] | None, device: Any) -> Callable[..., Tensor]:
+def _attend(formats: Stored | None, device: Any) -> Callable[..., Tensor]:
     if formats is None:
         return lambda _layer, query, key, value, rule: rule.attend(query, key, value)
+    if callable(formats):
+        return formats
     channels = [
         [None if side is None else torch.tensor(side, device=device) for side in (form.key_center, form.key_scale)]
         for form in formats

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from jettison.hooks.errors import EnvironmentRefused, InputRefused
 from jettison.hooks.files import read_document, write_atomically
-from jettison.plugins.kvtuner.artefact import SHA256, Name, Part, Positive, read_pairs, write_pairs
+from jettison.plugins.kvtuner.artefact import SHA256, Name, Part, Positive, read_pairs, write_choice, write_pairs
 from jettison.plugins.kvtuner.prepare import Prepared, real_bits
 from jettison.plugins.kvtuner.search import Found
 from jettison.plugins.kvtuner.sensitivity import PAIRS
@@ -54,7 +54,8 @@ class Record(Part):
 
     Attributes:
         payload_sha256: of the table that came of it.
-        heat: [layers][16], predicted KL of each pair of `PAIRS` in one layer alone.
+        heat: [layers][options], predicted KL of each of `options` in one layer alone.
+        options: as `write_choice` writes them; `PAIRS` where the record does not say.
         budget_bytes, budget_bits: the budget, per token and per element.
         searched, uniform: all candidates in order.
         finalists: best first; the first is the table.
@@ -63,7 +64,8 @@ class Record(Part):
     schema_: Annotated[Literal[1], Field(alias="schema")]
     kind: Literal["kvtuner.record"]
     payload_sha256: SHA256
-    heat: list[Annotated[list[Positive], Field(min_length=len(PAIRS), max_length=len(PAIRS))]]
+    heat: list[list[Positive]]
+    options: list[Name] = Field(default_factory=lambda: [write_choice(pair) for pair in PAIRS])
     budget_bytes: Annotated[int, Field(ge=1)]
     budget_bits: Positive
     searched: list[Row]
@@ -72,6 +74,8 @@ class Record(Part):
 
     @model_validator(mode="after")
     def _complete(self) -> Record:
+        if any(len(row) != len(self.options) for row in self.heat):
+            raise ValueError(f"the heat map has not {len(self.options)} columns")
         for row in (*self.searched, *self.uniform, *self.finalists):
             if len(read_pairs(row.pairs)) != len(self.heat):
                 raise ValueError(f"a candidate has {len(read_pairs(row.pairs))} layers, the heat map {len(self.heat)}")
@@ -98,6 +102,7 @@ def make_record(prepared: Prepared, outcome: Outcome, budget: int) -> Record:
         "kind": "kvtuner.record",
         "payload_sha256": outcome.table.payload_sha256,
         "heat": prepared.measured[prepared.space.sinks[-1]].kl.clamp_min(0).tolist(),
+        "options": [write_choice(option) for option in prepared.space.options],
         "budget_bytes": budget,
         "budget_bits": real_bits(prepared.shape, budget),
         "searched": [row(found) for found in outcome.searched],
@@ -165,9 +170,10 @@ def _headline(record: Record) -> str:
 def _draw_heat(figure: Any, axes: Any, record: Record, table: Table) -> None:
     values = [[math.log10(max(value, FLOOR)) for value in row] for row in record.heat]
     image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
-    for layer, pair in enumerate(table.payload.pairs):
-        axes.plot(PAIRS.index(pair), layer, marker="s", color="none", markeredgecolor="white", markersize=6)
-    axes.set_xticks(range(len(PAIRS)), [f"k{key}v{value}" for key, value in PAIRS], rotation=90, fontsize=7)
+    for layer, pair in enumerate(table.payload.choices):
+        at = record.options.index(write_choice(pair))
+        axes.plot(at, layer, marker="s", color="none", markeredgecolor="white", markersize=6)
+    axes.set_xticks(range(len(record.options)), record.options, rotation=90, fontsize=7)
     axes.set(ylabel="layer", title="predicted KL of one layer alone (squares: chosen)")
     figure.colorbar(image, ax=axes, label="log10 nats")
 
@@ -184,9 +190,8 @@ def _draw_front(axes: Any, record: Record) -> None:
         axes.errorbar(where[0], where[1], where[2], fmt=marker, color=colour, label=label, capsize=2, alpha=0.8)
     for row in record.uniform:
         if row.kl > 0:
-            key, value = read_pairs(row.pairs)[0]
             at = {"fontsize": 7, "xytext": (4, 4), "textcoords": "offset points"}
-            axes.annotate(f"k{key}v{value}", (row.real_bits, row.kl), **at)
+            axes.annotate(write_choice(read_pairs(row.pairs)[0]), (row.real_bits, row.kl), **at)
     front = _front(record.searched)
     axes.step([row.real_bits for row in front], [row.kl for row in front], where="post", color="#9467bd", linewidth=0.8)
     best = record.finalists[0]

@@ -31,7 +31,7 @@ bytes per token, mean KL {{ "%.4g"|format(uniform.kl) }} on the search text.{% e
 <td>{{ "%.1f"|format(100 * row.low) }} to {{ "%.1f"|format(100 * row.high) }} %</td></tr>{% endfor %}</table>{% endif %}
 <h2>Finalists, best first</h2>{{ rows(record.finalists, True) }}
 <h2>Uniform pairs</h2>{{ rows(record.uniform, False) }}
-<h2>Layers</h2><table><tr><th>layer</th><th>key bits</th><th>value bits</th><th>group</th></tr>
+<h2>Layers</h2><table><tr><th>layer</th><th>keys, bits</th><th>values, bits</th><th>group</th></tr>
 {% for layer in layers %}<tr><td>{{ layer[0] }}</td><td>{{ layer[1] }}</td><td>{{ layer[2] }}</td>
 <td>{{ layer[3] }}</td></tr>{% endfor %}</table>
 <p>Table {{ table.payload_sha256 }}, {{ table.created }}, {{ table.source.method }}, seed {{ table.source.seed }},

@@ -135,6 +135,11 @@ def _check_shapes(found: Sensitivity) -> None:
             raise ValueError(f"{name} is not finite {list(shape)}")
 
 
+def default_codecs(*, rotate: bool) -> tuple[Codec, ...]:
+    """What the engines' pages hold: 16, 8, 4 and 2 bits per token, in the order of `BITS`."""
+    return (Native(), *(PerToken(bits, rotate) for bits in BITS[1:]))
+
+
 def measure(
     model: Any,
     texts: Sequence[Tensor],
@@ -164,25 +169,57 @@ def measure(
     Raises:
         InputRefused: a model that cannot be measured, or no text.
     """
+    default = default_codecs(rotate=rotate)
+    found = measure_sinks(
+        model,
+        texts,
+        (sink_tokens,),
+        keys=keys or default,
+        values=values or default,
+        seed=seed,
+        gradients=gradients,
+        progress=progress,
+    )
+    return found[sink_tokens]
+
+
+def measure_sinks(
+    model: Any,
+    texts: Sequence[Tensor],
+    sinks: Sequence[int],
+    *,
+    keys: Sequence[Codec],
+    values: Sequence[Codec],
+    seed: int = 0,
+    gradients: bool = True,
+    progress: Progress = lambda _what, _done, _total: None,
+) -> dict[int, Sensitivity]:
+    """`measure` at several numbers of sink tokens with the passes through the model of one; the figures are the same.
+
+    Raises:
+        InputRefused: a model that cannot be measured, or no text.
+    """
     if not texts or min(len(ids) for ids in texts) <= SINKS:
         raise InputRefused(f"{len(texts)} texts", allowed=f"at least one is needed, each of more than {SINKS} tokens")
     shapes = layer_shapes(model)
-    default: tuple[Codec, ...] = (Native(), *(PerToken(bits, rotate) for bits in BITS[1:]))
-    keys, values = keys or default, values or default
     statistics = [KeyStatistics() for _ in shapes]
     for number, ids in enumerate(texts):
         progress("key statistics", number, len(texts))
         forward(model, ids, lambda layer, seen: statistics[layer].add(seen))
     channels = [own.result() for own in statistics]
-    meters = [LayerMeter(keys, values, center, scale, sink_tokens) for center, scale in channels]
-    _run(model, texts, meters, torch.Generator().manual_seed(seed), gradients=gradients, progress=progress)
-    return _collect([meter.result() for meter in meters], channels, shapes, texts, keys, values)
+    meters = {sink: [LayerMeter(keys, values, *own, sink) for own in channels] for sink in sinks}
+    per_layer = list(zip(*meters.values(), strict=True))
+    _run(model, texts, per_layer, torch.Generator().manual_seed(seed), gradients=gradients, progress=progress)
+    return {
+        sink: _collect([meter.result() for meter in own], channels, shapes, texts, keys, values)
+        for sink, own in meters.items()
+    }
 
 
 def _run(
     model: Any,
     texts: Sequence[Tensor],
-    meters: Sequence[LayerMeter],
+    meters: Sequence[Sequence[LayerMeter]],
     generator: torch.Generator,
     *,
     gradients: bool,
@@ -192,7 +229,8 @@ def _run(
 
     def visit(layer: int, seen: Seen) -> None:
         nonlocal done
-        meters[layer].add(seen)
+        for meter in meters[layer]:
+            meter.add(seen)
         done += 1
         progress("pairs per layer", done, total)
 

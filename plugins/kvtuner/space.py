@@ -14,29 +14,31 @@ from functools import cached_property
 import numpy as np
 
 from jettison.hooks.errors import ConfigError
+from jettison.plugins.kvtuner.artefact import Choice
+from jettison.plugins.kvtuner.codecs import nominal_bits
 from jettison.plugins.kvtuner.group import Group
 from jettison.plugins.kvtuner.select import choose, front
-from jettison.plugins.kvtuner.table import Pair
 
 Genes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to store a model's cache: (key bits, value bits) per layer, and the first tokens kept at 16 bits."""
+    """One way to store a model's cache: bits or codecs of every layer, and the first tokens kept at 16 bits."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[Choice, ...]
     sink_tokens: int
 
     @property
     def key(self) -> str:
-        """Text that tells candidates apart, e.g. `1:8.4,4.4`."""
-        return f"{self.sink_tokens}:" + ",".join(f"{key}.{value}" for key, value in self.pairs)
+        """Text that tells candidates apart, e.g. `1:8.4,4.4` or `0:fp8/int4,fp8/fp8`."""
+        words = (f"{key}/{value}" if isinstance(key, str) else f"{key}.{value}" for key, value in self.pairs)
+        return f"{self.sink_tokens}:" + ",".join(words)
 
     @property
     def nominal_bits(self) -> float:
         """Mean bits per element, without scales, zeros and sink area."""
-        return sum(map(sum, self.pairs)) / (2 * len(self.pairs))
+        return sum(nominal_bits(side) for pair in self.pairs for side in pair) / (2 * len(self.pairs))
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,14 @@ class Space:
     """What can be chosen, at which price and with which predicted error.
 
     Attributes:
-        options: (key bits, value bits) of each option.
+        options: (key bits, value bits) of each option, or (key codec, value codec) by name.
         groups: layers that share one choice, and the options left to them; together all layers, each once.
         sinks: the sink settings to choose from.
         errors: [sink settings][layers][options], predicted error of one layer alone; they are added.
         costs: [sink settings][options], bytes per token of one layer, all KV heads.
     """
 
-    options: tuple[Pair, ...]
+    options: tuple[Choice, ...]
     groups: tuple[Group, ...]
     sinks: tuple[int, ...]
     errors: tuple[tuple[tuple[float, ...], ...], ...]
@@ -97,7 +99,7 @@ class Space:
 
     def candidate(self, genes: Sequence[int]) -> Candidate:
         """Return what `genes` stand for."""
-        pairs: list[Pair] = [(16, 16)] * self.num_layers
+        pairs: list[Choice] = [(16, 16)] * self.num_layers
         for group, options, gene in zip(self.groups, self.ordered, genes, strict=False):
             for layer in group.layers:
                 pairs[layer] = self.options[options[gene]]

@@ -78,6 +78,12 @@ def layer_shapes(model: Any) -> list[LayerShape]:
     return [found[layer] for layer in range(count)]
 
 
+def dimensions(model: Any) -> tuple[int, int, int]:
+    """(layers, KV heads, head size) of a model's cache; errors as `layer_shapes`."""
+    shapes = layer_shapes(model)
+    return len(shapes), shapes[0].kv_heads, shapes[0].size
+
+
 def _refused(found: str) -> InputRefused:
     return InputRefused(
         found,

@@ -7,23 +7,26 @@ from typing import Any
 
 import click
 
+from jettison.plugins.kvtuner.artefact import write_choice
 from jettison.plugins.kvtuner.table import Table
 
 
 def summary(table: Table) -> dict[str, Any]:
     """Sizes and origin of a table, JSON-ready; bytes are per token, all layers and KV heads, at its block size."""
-    shape, pairs, sizes = table.model, table.payload.pairs, table.measure_sizes()
+    shape, pairs, sizes = table.model, table.payload.choices, table.measure_sizes()
     facts: dict[str, Any] = {
         "model": shape.name,
-        "pairs": dict(sorted(Counter(f"k{key}v{value}" for key, value in pairs).items())),
+        "codec": table.payload.codec,
+        "pairs": dict(sorted(Counter(map(write_choice, pairs)).items())),
         "nominal_bits": round(sizes.nominal_bits, 4),
         "real_bits": round(sizes.real_bits, 4),
         "bytes_per_token": sizes.bytes_per_token,
         "bf16_bytes_per_token": 4 * shape.elements,
         "capacity_ratio": round(4 * shape.elements / sizes.bytes_per_token, 4),
-        "predicted_kl": table.source.predicted_kl,
         "payload_sha256": table.payload_sha256,
     }
+    if table.source.predicted_kl is not None:
+        facts["predicted_kl"] = table.source.predicted_kl
     if table.search is not None:
         found = table.search
         facts |= {"sampler": found.sampler, "budget_bytes": found.budget_bytes, "search_kl": found.objective.kl}
@@ -37,11 +40,14 @@ def print_summary(table: Table) -> None:
     """Print two or three lines."""
     facts = summary(table)
     mix = ", ".join(f"{count} x {pair}" for pair, count in facts["pairs"].items())
+    predicted = f", predicted KL {facts['predicted_kl']:.4f}" if "predicted_kl" in facts else ""
     click.echo(
         f"{facts['model']}: {mix}; {facts['real_bits']:.3f} real bits per element ({facts['nominal_bits']:.3f} "
         f"nominal), {facts['bytes_per_token']} bytes per token instead of {facts['bf16_bytes_per_token']} "
-        f"({facts['capacity_ratio']:.2f}x), predicted KL {facts['predicted_kl']:.4f}"
+        f"({facts['capacity_ratio']:.2f}x){predicted}"
     )
+    if table.payload.codec == "named":
+        click.echo("Named codecs: for the Hugging Face cache (PackedCache.from_table); engines refuse it.")
     if table.search is None:
         return
     for row in table.search.accuracy:

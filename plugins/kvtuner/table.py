@@ -7,12 +7,10 @@ their default are left out of the file and of the hash: a table stays valid when
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 import math
 import os
-import struct
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -22,10 +20,17 @@ from jettison.hooks.errors import ConfigError, InputRefused
 from jettison.hooks.files import read_document, write_atomically
 from jettison.hooks.types import KVFormat
 from jettison.plugins.kvtuner import artefact
-from jettison.plugins.kvtuner.artefact import SHA256, Bits, Canary, Name, Part, Search, Sizes
+from jettison.plugins.kvtuner.artefact import SHA256, Canary, Name, Part, Search, Sizes
+from jettison.plugins.kvtuner.payload import Channels, LayerBits, Payload, check_channels, read_channels
+
+__all__ = [
+    "LayerBits", "ModelShape", "Pair", "Payload", "Source", "Table", "content_sha256", "encode_channels", "load_table",
+    "parse_table", "seal",
+]  # fmt: skip
 
 Pair = artefact.Pair
-_MAX_ELEMENTS = 1 << 24
+Dimensions = tuple[int, int, int]
+"""(layers, KV heads, head size) of a model."""
 
 
 class ModelShape(Part):
@@ -42,61 +47,22 @@ class ModelShape(Part):
     head_size: Annotated[int, Field(ge=32, le=256, multiple_of=16)]
 
     @property
+    def dimensions(self) -> Dimensions:
+        """The three numbers by which a table fits a model."""
+        return self.num_layers, self.num_kv_heads, self.head_size
+
+    @property
     def elements(self) -> int:
         """Number of key channels of the whole model: layers x KV heads x head size."""
         return self.num_layers * self.num_kv_heads * self.head_size
 
 
-class LayerBits(Part):
-    """Bits of one layer."""
-
-    layer: Annotated[int, Field(ge=0)]
-    key_bits: Bits
-    value_bits: Bits
-
-
-class Payload(Part):
-    """What is in force at run time.
-
-    Attributes:
-        layers: one entry per layer, in order.
-        rotate: rotate keys and values by a Hadamard matrix before quantising.
-        sink_tokens: first tokens of a sequence that are kept at 16 bits.
-        key_center, key_scale: base64 of little-endian float16 [num_layers, num_kv_heads, head_size], or None.
-        codec: `token-head`: one scale and zero per token and KV head on both sides, what engines serve; `kivi`: keys
-            per channel in groups of tokens, values per token (paper, section 2.1), for the Hugging Face cache only.
-        group_size, residual: of `kivi`: tokens per group, and the newest tokens that keep 16 bits.
-    """
-
-    layers: Annotated[list[LayerBits], Field(min_length=1)]
-    rotate: bool
-    sink_tokens: Annotated[int, Field(ge=0, le=16)]
-    key_center: str | None
-    key_scale: str | None
-    codec: Literal["token-head", "kivi"] = "token-head"
-    group_size: Annotated[int, Field(ge=1, le=1024)] | None = None
-    residual: Annotated[int, Field(ge=0, le=65536)] | None = None
-
-    @model_validator(mode="after")
-    def _one_codec(self) -> Payload:
-        plain = not self.rotate and not self.sink_tokens and self.key_center is None and self.key_scale is None
-        sized = self.group_size is not None and self.residual is not None
-        if self.codec == "kivi" and not (plain and sized):
-            raise ValueError(
-                "codec kivi has group_size and residual, and no rotation, sink tokens, key_center or key_scale"
-            )
-        if self.codec != "kivi" and (self.group_size, self.residual) != (None, None):
-            raise ValueError(f"codec {self.codec} has neither group_size nor residual")
-        return self
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """(key bits, value bits) of every layer, in order."""
-        return [(entry.key_bits, entry.value_bits) for entry in self.layers]
-
-
 class Source(Part):
-    """How the table was made. Free of paths and of text from the calibration data."""
+    """How the table was made. Free of paths and of text from the calibration data.
+
+    `predicted_kl` is the sum of what each layer alone is predicted to cost, nats per token; None where nothing was
+    predicted, as for an imported table.
+    """
 
     method: Name
     data: Name
@@ -105,7 +71,7 @@ class Source(Part):
     seed: int
     capacity_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     block_size: Annotated[int, Field(ge=16, multiple_of=16)]
-    predicted_kl: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    predicted_kl: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 class Table(Part):
@@ -130,7 +96,7 @@ class Table(Part):
         if found != list(range(self.model.num_layers)):
             raise ValueError(_layer_problem(found, self.model.num_layers))
         for name in ("key_center", "key_scale"):
-            _check_channels(name, getattr(self.payload, name), self.model.elements, positive=name == "key_scale")
+            check_channels(name, getattr(self.payload, name), self.model.elements, positive=name == "key_scale")
         if content_sha256(self.content()) != self.payload_sha256:
             raise ValueError("payload_sha256 does not match: the table was changed after it was written")
         if self.sizes is not None and self.sizes != self.measure_sizes():
@@ -141,21 +107,44 @@ class Table(Part):
         """Return the table as JSON-ready data, fields at their default left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
 
-    def measure_sizes(self) -> Sizes:
-        """Nominal and real size of the cache, at the block size of `source` (`kivi`: residual not counted)."""
-        payload, shape = self.payload, self.model
+    def measure_sizes(self, block_size: int | None = None) -> Sizes:
+        """Nominal and real size of the cache at blocks of that many tokens, `source`'s if not given.
+
+        The residual of `kivi` is not counted.
+        """
+        payload, shape, block_size = self.payload, self.model, block_size or self.source.block_size
+        nominal = sum(map(sum, payload.pairs)) / (2 * len(payload.pairs))
         if payload.codec == "kivi":
             meta = [4 * shape.head_size / (payload.group_size or 1) * (k < 16) + 4 * (v < 16) for k, v in payload.pairs]
             codes = [shape.head_size * (k + v) / 8 for k, v in payload.pairs]
             packed = math.ceil(shape.num_kv_heads * sum((*meta, *codes)))
+        elif payload.codec == "named":
+            nominal, packed = payload.named_sizes(shape.num_kv_heads, shape.head_size, block_size)
         else:
             layouts = [PageLayout(shape.head_size, *pair, payload.sink_tokens) for pair in payload.pairs]
-            packed = shape.num_kv_heads * sum(layout.bytes_per_token(self.source.block_size) for layout in layouts)
+            packed = shape.num_kv_heads * sum(layout.bytes_per_token(block_size) for layout in layouts)
         return Sizes(
-            nominal_bits=round(sum(map(sum, payload.pairs)) / (2 * len(payload.pairs)), 6),
+            nominal_bits=round(nominal, 6),
             real_bits=round(packed * 4 / shape.elements, 6),
             bytes_per_token=packed,
         )
+
+    def check_model(self, found: Dimensions, *, table: str | None = None, has: str = "the model has") -> None:
+        """Raise ConfigError unless the table is for a model of the dimensions `found`.
+
+        `table` names the table in the sentence, `has` the model; default: the table by its model's name.
+        """
+        expected = self.model.dimensions
+        if expected != found:
+            raise ConfigError(
+                f"{table or f'the table of {self.model.name!r}'} is for {expected[0]} layers, {expected[1]} KV heads "
+                f"and head size {expected[2]}, but {has} {found[0]}, {found[1]} and {found[2]}",
+                do="measure a table for this model: jettison kvtuner sensitivity MODEL -o table.json",
+            )
+
+    def formats(self) -> list[KVFormat]:
+        """Return the formats of all layers, in order; errors as `format`."""
+        return [self.format(layer) for layer in range(self.model.num_layers)]
 
     def format(self, layer: int) -> KVFormat:
         """Return the format of layer `layer`, 0 to num_layers - 1.
@@ -165,26 +154,28 @@ class Table(Part):
         """
         if self.payload.codec != "token-head":
             raise ConfigError(
-                f"layer {layer} of the table of {self.model.name!r} has the codec {self.payload.codec}",
+                f"layer {layer} of the table of {self.model.name!r} has the codec {self.payload.at(layer)}",
                 allowed="packed pages hold token-head",
-                do="use the Hugging Face cache for this table",
+                do="use the Hugging Face cache for this table"
+                + ", or search with pages only: jettison kvtuner codecs" * (self.payload.codec == "named"),
             )
         bits = self.payload.layers[layer]
+        center, scale = self.statistics(layer)
         return KVFormat(
             bits.key_bits,
             bits.value_bits,
             rotate=self.payload.rotate,
             sink_tokens=self.payload.sink_tokens,
-            key_center=self._channels(self.payload.key_center, layer),
-            key_scale=self._channels(self.payload.key_scale, layer),
+            key_center=center,
+            key_scale=scale,
         )
 
-    def _channels(self, text: str | None, layer: int) -> list[list[float]] | None:
-        if text is None:
-            return None
+    def statistics(self, layer: int) -> tuple[Channels | None, Channels | None]:
+        """Centre and equalisation of a layer's keys, each [num_kv_heads][head_size], or None."""
         heads, size = self.model.num_kv_heads, self.model.head_size
-        values = struct.unpack_from(f"<{heads * size}e", base64.b64decode(text), 2 * layer * heads * size)
-        return [list(values[head * size : (head + 1) * size]) for head in range(heads)]
+        texts = self.payload.key_center, self.payload.key_scale
+        center, scale = (None if text is None else read_channels(text, layer, heads, size) for text in texts)
+        return center, scale
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, atomically."""
@@ -262,17 +253,3 @@ def _layer_problem(found: list[int], expected: int) -> str:
     named = (("occurs twice", twice), ("is missing", missing), ("is unknown", unknown))
     problems = [f"layer {layers[0]} {what}" for what, layers in named if layers]
     return f"layers must be 0 to {expected - 1} in order, but " + (", ".join(problems) or "they are out of order")
-
-
-def _check_channels(name: str, text: str | None, elements: int, *, positive: bool) -> None:
-    if text is None:
-        return
-    try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError(f"payload.{name} is not base64") from error
-    if len(data) != 2 * elements or elements > _MAX_ELEMENTS:
-        raise ValueError(f"payload.{name} holds {len(data)} bytes, the model's shape needs {2 * elements}")
-    for index, value in enumerate(struct.unpack(f"<{elements}e", data)):
-        if not math.isfinite(value) or (positive and value <= 0):
-            raise ValueError(f"payload.{name} element {index} is {value}; it must be finite{' and above 0' * positive}")

@@ -17,8 +17,7 @@ import torch
 
 from jettison.hooks import assets
 from jettison.hooks.errors import InputRefused
-from jettison.hooks.types import KVFormat
-from jettison.plugins.kvtuner.quality import attention_of
+from jettison.plugins.kvtuner.quality import Stored, attention_of
 
 BATCH = 8
 RESAMPLES = 2000
@@ -86,7 +85,7 @@ def task_file(tokenizer: Any, path: Path, count: int) -> Task:
 def answers(
     model: Any,
     task: Task,
-    formats: Sequence[KVFormat] | None,
+    formats: Stored | None,
     progress: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
 ) -> list[bool]:
     """Return for each item whether it is right, the cache stored in `formats` (None: not quantised)."""

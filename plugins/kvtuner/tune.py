@@ -17,11 +17,12 @@ from torch import Tensor
 from jettison.hooks import __version__
 from jettison.hooks.quality import Quality, summarise
 from jettison.plugins.kvtuner import tasks
-from jettison.plugins.kvtuner.artefact import Accuracy, Canary, Measured, Point, Search, write_pairs
+from jettison.plugins.kvtuner.artefact import Accuracy, Canary, Choice, Measured, Point, Search, write_pairs
 from jettison.plugins.kvtuner.canary import record as record_canary
 from jettison.plugins.kvtuner.ledger import Ledger
 from jettison.plugins.kvtuner.objective import Objective, texts_sha256
 from jettison.plugins.kvtuner.prepare import Prepared, TuneSettings, joined, parts_sha256
+from jettison.plugins.kvtuner.prune import survivors
 from jettison.plugins.kvtuner.quality import paired, rescore
 from jettison.plugins.kvtuner.search import Found, Measurements, pareto, search
 from jettison.plugins.kvtuner.sensitivity import Progress
@@ -91,21 +92,31 @@ def tune(
     searched = search(prepared.space, measure, ledger, budget, settings.search, start, progress=progress)
     finalists = rank(prepared, pick_finalists(searched, uniform, budget, settings.finalists), task, progress)
     evaluations = measure.made
-    del objective, measure  # the references are large, and no longer needed
+    del objective, measure  # the references are large
     table = wrap(prepared, settings, budget, finalists, searched, uniform, evaluations, task, progress)
     return Outcome(table, finalists[0].found, searched, uniform, finalists, evaluations)
 
 
 def uniform_pairs(prepared: Prepared, measure: Measurements, progress: Progress) -> list[Found]:
-    """Every pair of `UNIFORM` at each sink setting: the baseline that a search has to beat."""
+    """Every option of `uniform_options` at each sink setting: the baseline that a search has to beat."""
     layers, sinks = prepared.space.num_layers, prepared.space.sinks
-    candidates = [Candidate((pair,) * layers, sink) for pair in UNIFORM for sink in sinks]
-    candidates = [one for one in candidates if one.pairs[0] != (16, 16) or one.sink_tokens == sinks[0]]
+    candidates = [Candidate((option,) * layers, sink) for option in uniform_options(prepared) for sink in sinks]
+    candidates = [one for one in candidates if one.nominal_bits < 16 or one.sink_tokens == sinks[0]]
     found = []
     for number, candidate in enumerate(candidates):
         progress("uniform pairs", number, len(candidates))
         found.append(measure(candidate, "uniform"))
     return found
+
+
+def uniform_options(prepared: Prepared) -> list[Choice]:
+    """Those of `UNIFORM` that the space has; of named codecs, the pairs that no other beats in predicted error."""
+    space = prepared.space
+    known: list[Choice] = [pair for pair in UNIFORM if pair in space.options]
+    if known:
+        return known
+    totals = [sum(row[option] for row in space.errors[0]) for option in range(len(space.options))]
+    return [space.options[option] for option in survivors(totals, space.costs[0])]
 
 
 def best_within(found: Sequence[Found], budget: int) -> Found | None:
@@ -204,20 +215,36 @@ def _source(prepared: Prepared, settings: TuneSettings, budget: int, candidate: 
         seed=settings.search.seed,
         capacity_ratio=4 * prepared.shape.elements / budget,
         block_size=settings.block_size,
-        predicted_kl=max(0.0, prepared.space.predicted(candidate)),
+        predicted_kl=predicted_kl(prepared, candidate),
     )
+
+
+def predicted_kl(prepared: Prepared, candidate: Candidate) -> float:
+    """Sum of the KL that each layer alone is predicted to cost, nats, whatever metric the search goes by."""
+    rows = prepared.measured[candidate.sink_tokens].kl.tolist()
+    options = prepared.space.options
+    return max(0.0, sum(row[options.index(pair)] for row, pair in zip(rows, candidate.pairs, strict=True)))
 
 
 def payload(prepared: Prepared, candidate: Candidate) -> Payload:
     """What is in force at run time."""
     measured = prepared.measured[prepared.space.sinks[0]]
+    named = isinstance(candidate.pairs[0][0], str)
     return Payload(
-        layers=[LayerBits(layer=n, key_bits=k, value_bits=v) for n, (k, v) in enumerate(candidate.pairs)],  # type: ignore[arg-type]
-        rotate=True,
+        layers=[_layer(number, pair) for number, pair in enumerate(candidate.pairs)],
+        rotate=prepared.formats.rotate and not named,
         sink_tokens=candidate.sink_tokens,
         key_center=encode_channels(measured.key_center),
         key_scale=encode_channels(measured.key_scale),
+        codec="named" if named else "token-head",
     )
+
+
+def _layer(number: int, pair: Choice) -> LayerBits:
+    key, value = pair
+    if isinstance(key, str):
+        return LayerBits.named(number, key, str(value))
+    return LayerBits(layer=number, key_bits=key, value_bits=value)  # type: ignore[arg-type]
 
 
 def canary(prepared: Prepared, candidate: Candidate, progress: Progress) -> Canary:

@@ -54,6 +54,7 @@ class Recipe:
         skip_layers: layers at 16 bits, `--kv-cache-dtype-skip-layers`.
         bytes_per_token: of all layers and KV heads in vLLM's formats, before vLLM pads pages to one size.
         bf16_bytes_per_token: of an unquantised cache.
+        nominal_bits: of the table, per element, without scales and zeros.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Recipe:
     skip_layers: tuple[int, ...]
     bytes_per_token: int
     bf16_bytes_per_token: int
+    nominal_bits: float
 
     @property
     def flags(self) -> list[str]:
@@ -85,6 +87,7 @@ class Recipe:
             "skip_layers": list(self.skip_layers),
             "bytes_per_token": self.bytes_per_token,
             "bf16_bytes_per_token": self.bf16_bytes_per_token,
+            "nominal_bits": self.nominal_bits,
             "real_bits": round(16 * self.bytes_per_token / self.bf16_bytes_per_token, 4),
         }
 
@@ -122,6 +125,7 @@ def recipe(table: Table, cache_dtype: str | None = None) -> Recipe:
         skip_layers=skipped if len(skipped) < len(pairs) else (),
         bytes_per_token=shape.num_kv_heads * sum(per_head),
         bf16_bytes_per_token=4 * shape.elements,
+        nominal_bits=table.measure_sizes().nominal_bits,
     )
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from jettison.hooks.cli import main
-from jettison.hooks.errors import ConfigError, InputRefused
+from jettison.hooks.errors import ConfigError, EnvironmentRefused, InputRefused
 from jettison.hooks.quality import compare
 from jettison.plugins.kvtuner.artefact import Canary
 from jettison.plugins.kvtuner.canary import ABSOLUTE, LIKELIHOOD, RELATIVE, Verdict, record, tolerance, verify
+from jettison.plugins.kvtuner.engine_canary import verdict as engine_verdict
 from jettison.plugins.kvtuner.hf_cache import PackedCache
 from jettison.plugins.kvtuner.table import parse_table, seal
 from kvtuner_samples import content, tiny_model
@@ -144,3 +145,73 @@ def test_the_command(tmp_path, capsys):
     parse_table(content(2)).save(path)
     assert main(["kvtuner", "verify", str(path), str(tmp_path / "absent")]) == 4
     assert "has no canary" in capsys.readouterr().err
+
+
+def test_what_an_engine_is_compared_with_is_what_the_model_gave():
+    """Places, log-probabilities and effect, against transformers and the real packed cache."""
+    table, model = table_with_canary(0.0), tiny_model()
+    canary = record(model, IDS, [table.format(layer) for layer in range(2)])
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        exact, stored = (
+            model(ids, past_key_values=cache).logits[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+            for cache in (None, PackedCache.from_table(table, model.config))
+        )
+    assert list(canary.places) == list(range(1, 160))
+    assert canary.exact == pytest.approx(exact.tolist(), rel=2**-10, abs=1e-4)
+    assert canary.effect == pytest.approx((exact - stored).abs().mean().item(), rel=RELATIVE / 5)
+
+
+def test_an_engine_is_judged_by_hand_computed_numbers():
+    rows = [-1.0, -2.0, -3.0, -4.0], [-1.5, -2.0, -3.0, -4.5]
+    canary = Canary.of([7, 8, 9, 10, 11], 0.1, 0.01, rows=rows)
+    assert (canary.exact, canary.effect) == (rows[0], 0.25)
+    near = engine_verdict(canary, [None, -1.25, -1.75, -3.25, -4.25])
+    assert (near.found, near.limit, near.places, near.tokens) == (0.25, pytest.approx(0.3625), 4, 5)
+    assert (near.holds, near.quantises) == (True, True)
+    assert engine_verdict(canary, [None, -1.36, -2.36, -3.36, -4.36]).holds
+    far = engine_verdict(canary, [None, -1.37, -2.37, -3.37, -4.37])
+    assert not far.holds
+    with pytest.raises(InputRefused, match=r"by 0\.3700 nats per token, the table by 0\.2500 .* allowed is 0\.3625"):
+        far.check(parse_table(content(2)))
+    assert engine_verdict(canary, [None, *rows[0]]).quantises is False, "a stock engine"
+    cut = engine_verdict(canary, [None, -1.5, -2.0])
+    assert (cut.found, cut.places, cut.tokens) == (0.25, 2, 3)
+    assert not engine_verdict(canary, [None, float("nan"), -2.0, -3.0, -4.0]).holds
+    with pytest.raises(EnvironmentRefused, match="no log-probabilities of the sample"):
+        engine_verdict(canary, [None])
+    slight = Canary.of([7, 8], 0.1, 0.01, rows=([-1.0], [-1.05]))
+    assert engine_verdict(slight, [None, -1.0]).quantises is None, "16-bit arithmetic errs as much"
+
+
+@pytest.mark.parametrize("length", [2, 3, 512, 513, 514, 1025, 1026, 2048, 8192])
+def test_at_most_512_places_are_kept_evenly(length):
+    rows = [[-(n % 50) / 4 for n in range(1, length)] for _ in range(2)]
+    canary = Canary.of([1] * length, 0.1, 0.01, rows=rows)
+    steps = {later - place for place, later in zip(canary.places, canary.places[1:], strict=False)}
+    assert canary.places[0] == 1
+    assert 1 <= len(canary.places) <= 512
+    assert len(steps) <= 1
+    assert canary.places[-1] > length - 1 - max(steps, default=1)
+    assert canary.exact == [-(place % 50) / 4 for place in canary.places]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"log_likelihoods": "AAAA"},
+        {"log_likelihoods": "AL4AvgC+Ar"},
+        {"log_likelihoods": "ADwAvAC8"},
+        {"log_likelihoods": "AH4AvAC8"},
+        {"effect": None},
+        {"log_likelihoods": None},
+        {"effect": -1.0},
+    ],
+    ids=["too few", "no base64", "above 0", "NaN", "no effect", "effect alone", "negative effect"],
+)
+def test_damaged_log_likelihoods_are_refused(change):
+    rows = [-1.0, -1.0, -1.0]
+    good = Canary.of([1, 2, 3, 4], 0.1, 0.01, rows=(rows, rows)).model_dump()
+    assert Canary(**good).exact == rows
+    with pytest.raises(ValueError, match=r"canary|effect"):
+        Canary(**{**good, **change})

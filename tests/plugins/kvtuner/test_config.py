@@ -54,11 +54,18 @@ def test_a_table_answers_per_layer():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_layers": LAYERS + 1}, {"num_kv_heads": 1}, {"head_size": 64}, {"index": LAYERS}, {"index": -1}]
+    ("changes", "sentence"),
+    [
+        ({"num_layers": LAYERS + 1}, r"the model of layer 0 \(.*\) has 5, 2 and 32"),
+        ({"num_kv_heads": 1}, r"the model of layer 0 \(.*\) has 4, 1 and 32"),
+        ({"head_size": 64}, r"the model of layer 0 \(.*\) has 4, 2 and 64"),
+        ({"index": LAYERS}, "is layer 4; layers are 0 to 3"),
+        ({"index": -1}, "is layer -1; layers are 0 to 3"),
+    ],
 )
-def test_a_model_of_another_shape_is_refused(changes):
+def test_a_model_of_another_shape_is_refused(changes, sentence):
     engine = kvtuner.activate(options=options({"table": content()}))
-    with pytest.raises(ConfigError, match=r"the table of 'tiny' is for 4 layers, 2 KV heads and head size 32.*measure"):
+    with pytest.raises(ConfigError, match=sentence):
         engine.kv_cache_format(layer=layer(**changes))
 
 

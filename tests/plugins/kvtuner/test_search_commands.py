@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import tiny_models
-from jettison.hooks import InputRefused
+from jettison.hooks import ConfigError, InputRefused
 from jettison.plugins.kvtuner.command import kvtuner
 from jettison.plugins.kvtuner.report import load_record
 from jettison.plugins.kvtuner.table import load_table
@@ -121,7 +121,7 @@ def test_a_record_of_another_table_is_refused(place, searched):
     record = json.loads(path.read_text())
     for change, sentence in (
         ({"payload_sha256": "0" * 64}, "belongs to another table"),
-        ({"heat": [[1.0]]}, "refused at heat"),
+        ({"heat": [[1.0]]}, "the heat map has not 16 columns"),
         ({"finalists": []}, "refused at finalists"),
         ({"schema": 2}, "refused at schema"),
         ({"uniform": [{**record["uniform"][0], "pairs": "k8v4"}]}, "a candidate has 1 layers"),
@@ -145,9 +145,54 @@ def test_compare_is_paired_and_shows_both_sizes(place, searched):
     assert "held-out text" in call(*words, "--length", "64").stdout
 
 
+def test_a_search_among_codecs_is_compared_shown_and_drawn(place):
+    table, text = place / "named.json", ("--text", place / "text.txt")
+    words = ("search", place / "llama", "-o", table, "--bits", "6", "--codecs", "fp8, int4,int4-hadamard", *text)
+    facts = json.loads(call(*words, *SMALL, "--items", "0", "--sampler", "dp", "--json").stdout)
+    assert facts["codec"] == "named"
+    assert facts["real_bits"] <= 6
+    record = load_record(place / "named.search" / "record.json", load_table(table))
+    assert len(record.options) == 9
+    assert record.options[:2] == ["fp8/fp8", "fp8/int4"]
+    assert (place / "named.search" / "report.png").read_bytes().startswith(PNG)
+    for pair in load_table(table).payload.named:
+        assert f"<td>{pair[0]}</td><td>{pair[1]}</td>" in (place / "named.search" / "report.html").read_text()
+    assert "int4" in call("show", table).stdout
+    assert "engines refuse it" in " ".join(call("show", table).stdout.split())
+    tried = ("fp8/fp8", "k4v4", "int4-hadamard/int4-hadamard", "16/int8")
+    rows = json.loads(call("compare", table, *tried, "--model", place / "llama", *text, "--json").stdout)
+    assert [row["table"] for row in rows] == ["named.json", *tried]
+    assert [row["real_bits"] for row in rows[1:]] == [8.0, 4.5, 4.5, 12.25]
+    assert rows[0]["bytes_per_token"] == facts["bytes_per_token"]
+    assert rows[2]["kl"] == rows[3]["kl"] > rows[1]["kl"] > rows[4]["kl"] > 0
+
+
+def test_the_codecs_are_listed_with_what_they_cost():
+    rows = {row["codec"]: row for row in json.loads(call("codecs", "--head-size", "128", "--json").stdout)}
+    assert rows["int4-hadamard"] == {"codec": "int4-hadamard", "bits": 4, "real_bits": 4.25, "pages": True}
+    assert rows["fp8"] == {"codec": "fp8", "bits": 8, "real_bits": 8.0, "pages": False}
+    assert rows["kivi2"]["real_bits"] == 3.0
+    assert "fp8" in call("codecs").stdout
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (("fp8/int5",), "codec 'int5' is unknown"),
+        (("absent/fp8.json",), "cannot read"),
+        (("nothing/known",), "nothing/known"),
+        (("k4v4", "--sink-tokens", "17"), "sink tokens 17 are refused; allowed are 0 to 16"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(words, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        call("compare", *words, "--model", "no-such-folder")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--bits", "4", "--codecs", "fp8,fp9"), "codec 'fp9' is unknown"),
         (("--bits", "4", "--ratio", "3"), "exactly one of --bits, --bytes and --ratio"),
         ((), "exactly one of --bits, --bytes and --ratio"),
         (("--bits", "1.0"), "too small; the smallest cache takes"),
@@ -175,5 +220,7 @@ def test_bad_places_are_refused(place, tmp_path):
 
 def test_compare_refuses_a_table_of_another_model(place, searched, tmp_path):
     tiny_models.gemma2(tmp_path / "gemma")
-    with pytest.raises(InputRefused, match="compare tables of one model"):
+    with pytest.raises(
+        ConfigError, match=r"t\.json is for 4 layers, 2 KV heads and head size 64, but the model has 4, 1"
+    ):
         call("compare", place / "t.json", "--model", tmp_path / "gemma", "--text", place / "text.txt")

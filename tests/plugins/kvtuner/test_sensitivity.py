@@ -70,6 +70,21 @@ def test_the_prediction_is_the_kl_that_one_layer_costs():
             )
 
 
+def test_several_sink_settings_in_one_pass_are_those_of_passes_of_their_own(monkeypatch):
+    model, data, made = tiny_model(), texts(), []
+    own = {sink: measure(model, data, sink_tokens=sink, seed=3) for sink in (0, 2, 1)}
+    monkeypatch.setattr(sensitivity, "backward", lambda *args: made.append(1) or stream.backward(*args))
+    sides = sensitivity.default_codecs(rotate=True)
+    together = sensitivity.measure_sinks(model, data, (0, 2, 1), keys=sides, values=sides, seed=3)
+    assert len(made) == len(data), "one backward pass per text"
+    assert list(together) == [0, 2, 1]
+    for sink, alone in own.items():
+        for field in fields(alone):
+            one, other = getattr(alone, field.name), getattr(together[sink], field.name)
+            assert torch.equal(one, other) if torch.is_tensor(one) else one == other, f"{field.name} at {sink} sinks"
+    assert not torch.equal(own[0].kl, own[2].kl)
+
+
 def test_more_bits_cost_less():
     measured = measure(tiny_model(), texts())
     for layer in range(2):
