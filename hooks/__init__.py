@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jettison.hooks.errors import ConfigError, EnvironmentRefused, InputRefused, JettisonError
     from jettison.hooks.host import Active, Host, PluginInfo
     from jettison.hooks.specs import hookimpl, hookspec
-    from jettison.hooks.types import AttentionLayer, KVFormat, Request, RequestPolicy
+    from jettison.hooks.types import AttentionLayer, KVFormat, Request, RequestPolicy, Serving
 
     __version__: str
 
@@ -31,6 +31,7 @@ _HOME = {
     "PluginOptions": "config",
     "Request": "types",
     "RequestPolicy": "types",
+    "Serving": "types",
     "hookimpl": "specs",
     "hookspec": "specs",
 }
@@ -48,6 +49,7 @@ __all__ = [
     "PluginOptions",
     "Request",
     "RequestPolicy",
+    "Serving",
     "__version__",
     "hookimpl",
     "hookspec",

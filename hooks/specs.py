@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import click
 
     from jettison.hooks.config import PluginOptions
-    from jettison.hooks.types import AttentionLayer, KVFormat, Request, RequestPolicy
+    from jettison.hooks.types import AttentionLayer, KVFormat, Request, RequestPolicy, Serving
 
 PROJECT = "jettison"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -32,6 +34,10 @@ class PluginHooks:
     @hookspec(firstresult=True)
     def activate(self, options: PluginOptions) -> object:
         """Host, once per engine and process: the object that carries the hooks below, for this engine only."""
+
+    @hookspec
+    def check_request(self, params: Mapping[str, Any]) -> None:
+        """Engine's front end, per request whose extra arguments name the plugin: JettisonError refuses it, HTTP 400."""
 
     @hookspec
     def commands(self, cli: click.Group) -> None:
@@ -52,6 +58,10 @@ class EngineHooks:
     @hookspec(firstresult=True)
     def select_experts(self, layer: Any) -> Any:
         """Engine, once per expert layer: the ids of the experts to keep, or None for all. First result."""
+
+    @hookspec
+    def serving(self, serving: Serving) -> None:
+        """Engine, once, before the first request: its tokenizer and thinking strings. A JettisonError ends start-up."""
 
     @hookspec(firstresult=True)
     def request_policy(self, request: Request) -> RequestPolicy | None:

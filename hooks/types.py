@@ -107,17 +107,48 @@ class Request:
         prompt_token_ids: the prompt's token ids; do not mutate.
         params: the request's own extra arguments (`extra_args`, over HTTP `vllm_xargs`); do not mutate.
         vocab_size: width of the model's logits; every forced id must be below it.
+        max_tokens: most tokens that the request may generate, None where the engine does not tell.
     """
 
     request_id: str | None
     prompt_token_ids: Sequence[int]
     params: Mapping[str, Any]
     vocab_size: int
+    max_tokens: int | None = None
+
+
+class Text(Protocol):
+    """The engine's tokenizer, for plugins that decide on text."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return token ids; special tokens in `text` become theirs, and none is added."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What an engine can tell of the text it generates.
+
+    Attributes:
+        text: its tokenizer, or None where it serves token ids only.
+        thinking: the strings that begin and, said by the model, end thinking; None without a reasoning config.
+        vocab_size: width of the model's logits.
+    """
+
+    text: Text | None
+    thinking: tuple[str, str] | None
+    vocab_size: int
 
 
 @runtime_checkable
 class RequestPolicy(Protocol):
-    """What a plugin decides for one request, asked before each token is sampled."""
+    """What a plugin decides for one request, asked before each token is sampled.
+
+    A policy may have an attribute `wake_at`: with fewer output tokens than that it need not be asked. It is read after
+    every call; an engine whose policies all sleep does no work for them.
+    """
 
     def next_tokens(self, output_token_ids: Sequence[int]) -> Sequence[int] | None:
         """Return None to sample freely, or the token ids to force next, in order.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase as AttentionLayerBase
     from vllm.model_executor.models.utils import extract_layer_index as extract_layer_index
     from vllm.sampling_params import SamplingParams as SamplingParams
+    from vllm.tokenizers import cached_tokenizer_from_config as cached_tokenizer_from_config
     from vllm.v1.attention.backend import AttentionBackend as AttentionBackend
     from vllm.v1.attention.backend import AttentionCGSupport as AttentionCGSupport
     from vllm.v1.attention.backend import AttentionImpl as AttentionImpl
@@ -97,7 +98,10 @@ _FORWARD_ARGS = (
 
 SYMBOLS: tuple[Symbol, ...] = (
     Symbol("vllm.config:VllmConfig", members=("additional_config", "attention_config", "cache_config",
-        "compilation_config", "kv_transfer_config", "model_config", "parallel_config", "speculative_config")),
+        "compilation_config", "kv_transfer_config", "model_config", "parallel_config", "reasoning_config",
+        "speculative_config")),
+    Symbol("vllm.config:ReasoningConfig", members=("enabled", "reasoning_start_token_ids",
+        "natural_reasoning_end_token_ids")),
     Symbol("vllm.config:CUDAGraphMode", members=("NONE", "PIECEWISE", "has_full_cudagraphs")),
     Symbol("vllm.config:CompilationConfig", members=("static_forward_context", "cudagraph_mode")),
     Symbol("vllm.config:CacheConfig", members=("cache_dtype", "block_size", "kv_cache_dtype_skip_layers")),
@@ -114,7 +118,8 @@ SYMBOLS: tuple[Symbol, ...] = (
     Symbol("vllm.model_executor.layers.attention:Attention.process_weights_after_loading",
         parameters=("self", "act_dtype")),
     Symbol("vllm.model_executor.models.utils:extract_layer_index", parameters=("layer_name", "num_attn_module")),
-    Symbol("vllm.sampling_params:SamplingParams", members=("extra_args",)),
+    Symbol("vllm.sampling_params:SamplingParams", members=("extra_args", "max_tokens")),
+    Symbol("vllm.tokenizers:cached_tokenizer_from_config", parameters=("model_config", "kwargs")),
     Symbol(f"{_BACKEND}:AttentionBackend", members=("forward_includes_kv_cache_update", "full_cls_name",
         "get_name", "get_impl_cls", "get_builder_cls", "supports_head_size", "supports_dtype",
         "supports_kv_cache_dtype", "supports_sink", "supports_sliding_window", "supported_kv_cache_layouts")),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MAX_FORCED = 65_536
 MAX_PARKED = 1_024
+FOR_EVER = 1 << 40
 
 
 class ReadOnlyTokens(Sequence[int]):
@@ -87,6 +88,16 @@ class LivePolicy:
         self._ask(position)
         return self._queue[0] if self._queue else None
 
+    def steps_to_sleep(self) -> int:
+        """So many tokens may be sampled before this policy must be asked again or forces one."""
+        if self._policy is None:
+            return FOR_EVER
+        position = len(self.output)
+        if self._queue and position < self._asked_at + len(self._queue) + 1:
+            return 0
+        wake_at = getattr(self._policy, "wake_at", 0)
+        return max(0, wake_at - position) if type(wake_at) is int else 0
+
     def switch_off(self, reason: str, error: BaseException | None = None) -> None:
         """End the policy for this request, and count why."""
         self._policy, self._queue = None, ()
@@ -121,11 +132,16 @@ def _ids(answer: Sequence[int]) -> tuple[int, ...]:
 
 
 def admit(
-    active: Active, params: Mapping[str, Any], prompt: Sequence[int], output: list[int], vocab_size: int
+    active: Active,
+    params: Mapping[str, Any],
+    prompt: Sequence[int],
+    output: list[int],
+    vocab_size: int,
+    max_tokens: int | None = None,
 ) -> LivePolicy | None:
     """Ask the plugins whether a request has a policy; a plugin that fails leaves the request without one."""
     owner = ", ".join(active.implementers("request_policy"))
-    request = Request(None, ReadOnlyTokens(prompt), MappingProxyType(dict(params)), vocab_size)
+    request = Request(None, ReadOnlyTokens(prompt), MappingProxyType(dict(params)), vocab_size, max_tokens)
     try:
         policy = active.hook.request_policy(request=request)
         fits = policy is None or callable(getattr(policy, "next_tokens", None))

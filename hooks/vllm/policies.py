@@ -25,9 +25,10 @@ from jettison.hooks.vllm.compat import (
     SamplingParams,
     VllmConfig,
 )
-from jettison.hooks.vllm.engine import Engine, engine_for
+from jettison.hooks.vllm.engine import Engine, engine_for, host
 from jettison.hooks.vllm.entry import require_registered
 from jettison.hooks.vllm.live_policy import LivePolicy, Parked, admit
+from jettison.hooks.vllm.serving import describe
 
 require_registered()
 
@@ -55,10 +56,22 @@ class PolicyProcessor(LogitsProcessorV1, LogitsProcessorV2):
         self.parked = Parked()
         self.states: LogitsProcRequestState | None = None if is_pin_memory is not None else second
         self.staged: dict[int, SamplingParams] = {}
+        self.sleeping = 0
+        if engine.active.implementers("serving"):
+            engine.active.hook.serving(serving=describe(vllm_config))
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Accept every request: its `extra_args` belong to the plugins, and a policy that refuses them is left out."""
+        """Have every plugin that a request names check its `extra_args`, in the engine's front end.
+
+        Raises:
+            JettisonError: a plugin refuses them; a server answers with status 400.
+        """
+        params = sampling_params.extra_args or {}
+        plugins = host().plugins if params else {}
+        for name in params.keys() & plugins.keys():
+            if plugins[name].hook is not None:
+                plugins[name].hook.check_request(params=params)
 
     def is_argmax_invariant(self) -> bool:
         """Never: forcing a token changes the greedy choice."""
@@ -68,6 +81,7 @@ class PolicyProcessor(LogitsProcessorV1, LogitsProcessorV2):
         """Runner V1: follow the rows of the batch. vLLM's order is removed, added, moved."""
         if batch_update is None or not self.enabled:
             return
+        self.sleeping = 0
         for row in batch_update.removed:
             self.parked.put(self.live.pop(row, None))
         for row, params, prompt, output in batch_update.added:
@@ -88,6 +102,7 @@ class PolicyProcessor(LogitsProcessorV1, LogitsProcessorV2):
         """Runner V2: a request enters slot `req_idx`; its prompt can be read only after `apply_staged_writes`."""
         self.live.pop(req_idx, None)
         self.staged.pop(req_idx, None)
+        self.sleeping = 0
         if self.enabled:
             self.staged[req_idx] = sampling_params
         return self.enabled
@@ -114,16 +129,24 @@ class PolicyProcessor(LogitsProcessorV1, LogitsProcessorV2):
         """
         if not self.live:
             return logits
+        if self.sleeping > 0:
+            # NOTES: a step samples one token per request at most, so nobody can be due before that many steps.
+            self.sleeping -= 1
+            return logits
         if ctx is None:
             live = self.live
         else:
             live = _rows_of(self.live, ctx.idx_mapping_np)
             self._catch_up(live)
         rows, tokens = _forced(live, logits.shape[0])
+        # NOTES: in runner V2 a request that sits this step out may be one token further than is known.
+        unseen = 1 if ctx is None else 2
+        self.sleeping = min(policy.steps_to_sleep() for policy in self.live.values()) - unseen
         return _force(logits, rows, tokens) if rows else logits
 
     def _admit(self, params: SamplingParams, prompt: Sequence[int], output: list[int]) -> LivePolicy | None:
-        return admit(self.engine.active, params.extra_args or {}, prompt, output, self.vocab_size)
+        extra = params.extra_args or {}
+        return admit(self.engine.active, extra, prompt, output, self.vocab_size, params.max_tokens)
 
     def _catch_up(self, live: dict[int, LivePolicy]) -> None:
         """Copy the tokens sampled since the last step to the host: one copy for the whole batch, rarely more."""
