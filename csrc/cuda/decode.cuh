@@ -33,9 +33,8 @@ struct Decode {
   // Memory is slow under this kernel's own load, so what a piece needs is asked for before the last one is put away.
   static JT_DEVICE void run(const AttentionArgs& a) {
     const int warp = thread() >> 5, lane = thread() & 31;
-    const Entry& entry = a.entries[block()];
-    if (entry.count <= 0) return;
     if (thread() == 0) {
+      const Entry& entry = a.entries[block()];
       S::piece(0).set(entry, entry.count, a.header->item_cost, true, a.batch.window, S::SINKS);
       S::piece(kOpening) = S::piece(0);
     }
@@ -44,6 +43,7 @@ struct Decode {
       barrier_publish();
     }
     sync_block();
+    if (S::piece(0).e.count <= 0) return;
     Feed<S> feed(a, read_once());
     Ring ring;
     typename Merge<S>::Rows rows;
