@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import importlib, json, sys
 from importlib.metadata import distribution
 from importlib.resources import files
 found = distribution("jettison")
-modules = ["jettison.hooks", "jettison.hooks.vllm", "jettison.plugins.kvtuner", "jettison.csrc"]
+modules = sys.argv[1:]
 from jettison import csrc
 csrc.load()
 print(json.dumps({
@@ -25,6 +26,8 @@ print(json.dumps({
     "isa": csrc.isa(),
 }))
 """
+PLUGINS = sorted(path.parent.name for path in (ROOT / "plugins").glob("*/__init__.py"))
+"""Every room of a system is a plugin."""
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +51,18 @@ def test_wheel(installed, tmp_path):
     wheel, target = installed
     assert wheel.name.split("-", 2)[2].startswith("py3-none-"), "one wheel for every Python and torch"
     environment = {**os.environ, "PYTHONPATH": str(target)}
-    command = [sys.executable, "-c", CHECK]
+    rooms = [f"jettison.plugins.{name}" for name in PLUGINS]
+    command = [sys.executable, "-c", CHECK, "jettison.hooks", "jettison.hooks.vllm", "jettison.csrc", *rooms]
     answer = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     found = json.loads(answer.stdout.splitlines()[-1])
     assert all(file.startswith(str(target)) for file in found["modules"].values()), found["modules"]
     assert found["typed"] == [True] * 3
-    expected = {"console_scripts: jettison", "jettison.plugins: kvtuner", "vllm.general_plugins: jettison"}
-    assert found["points"].keys() == expected
+    plugins = {f"jettison.plugins: {name}" for name in PLUGINS}
+    assert found["points"].keys() == {"console_scripts: jettison", "vllm.general_plugins: jettison", *plugins}
     assert all(found["points"].values())
+    there = {name.removeprefix("jettison/") for name in zipfile.ZipFile(wheel).namelist()}
+    for room in ("hooks", "plugins"):
+        paths = [path.relative_to(ROOT) for path in (ROOT / room).rglob("*") if path.is_file()]
+        missing = {str(path) for path in paths if "__pycache__" not in path.parts} - there
+        assert not missing, f"not in the wheel: {missing}"
     assert found["isa"] in ("portable", "avx2", "avx512")
