@@ -53,6 +53,12 @@ JT_DEVICE u32 half2(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
+// Two E4M3 codes, magnitudes held within 448, NaN 0x7f.
+JT_DEVICE u32 e4m3x2(float low, float high) {
+  u16 y;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0,%1,%2;" : "=h"(y) : "f"(high), "f"(low));
+  return y;
+}
 JT_DEVICE u32 bfloat2(float low, float high) {
   u32 y;
   asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(y) : "f"(high), "f"(low));

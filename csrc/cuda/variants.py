@@ -31,21 +31,24 @@ class Variant:
         template: C++ type of the instance.
         arguments: C++ type of its only argument.
         places: blocks per SM it is compiled for.
+        cluster: blocks that run together and reach each other's shared memory.
     """
 
     header: str
     template: str
     arguments: str
     places: int
+    cluster: int = 1
 
     def source(self) -> str:
         """The translation unit: one kernel named `kernel`, its block size and shared memory as variables."""
+        cluster = f"__cluster_dims__({self.cluster}, 1, 1) " if self.cluster > 1 else ""
         return (
             f'#include "{self.header}"\n'
             f"using Variant = jt::{self.template};\n"
             "#if defined(__CUDACC__) || defined(__CUDACC_RTC__)\n"
             'extern "C" __device__ int threads = Variant::threads, shared_bytes = Variant::shared_bytes;\n'
-            f'extern "C" __global__ void __launch_bounds__(Variant::threads, {self.places})\n'
+            f'extern "C" __global__ void {cluster}__launch_bounds__(Variant::threads, {self.places})\n'
             f"kernel(const __grid_constant__ jt::{self.arguments} arguments) {{ Variant::run(arguments); }}\n"
             "#else\n"
             'extern "C" int threads = Variant::threads, shared_bytes = Variant::shared_bytes;\n'
@@ -129,12 +132,19 @@ def plan(columns: int) -> Variant:
     return Variant("plan.cuh", f"Plan<{columns}>", "PlanArgs", 1)
 
 
+@cache
+def quantise(*, group: int, row: bool, element: Element) -> Variant:
+    """Rows to FP8: `group` elements per exponent, with a scale per row above them or without."""
+    return Variant("fp8_quantise.cuh", f"Quantise<{group}, {_flag(row)}, jt::Type::{element}>", "QuantiseArgs", 4)
+
+
 _BATCH = "2Q4i"
 _ATTENTION = struct.Struct(f"<{_BATCH}11Q4q4i2f")
 _PLAN = struct.Struct(f"<{_BATCH}2Q2i")
 ENTRY_BYTES, HEADER_BYTES = 64, 16
 _STORE = struct.Struct("<6Q6q4i")
 _UNPACK = struct.Struct("<8Q2q6i")
+_QUANTISE = struct.Struct("<5Qq4i")
 
 
 Batch = tuple[int, int, int, int, int, int]
@@ -161,6 +171,11 @@ def store_arguments(pointers: tuple[int, ...], strides: tuple[int, ...], rest: t
 def unpack_arguments(pointers: tuple[int, ...], strides: tuple[int, ...], rest: tuple[int, ...]) -> bytes:
     """UnpackArgs of unpack.cuh: 8 pointers, 2 strides, table stride, block size, sequences, heads, tokens."""
     return _UNPACK.pack(*pointers, *strides, *rest, 0)
+
+
+def quantise_arguments(pointers: tuple[int, ...], stride: int, rest: tuple[int, ...]) -> bytes:
+    """QuantiseArgs of fp8_quantise.cuh: 5 pointers, row stride, rows, columns, padded rows of promotions."""
+    return _QUANTISE.pack(*pointers, stride, *rest, 0)
 
 
 def _stages(layout: PageLayout, columns: int, warps: int, places: int) -> int:

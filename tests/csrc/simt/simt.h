@@ -150,6 +150,16 @@ inline u32 half_bits(float x) {
   return y;
 }
 inline u32 half2(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
+inline u32 e4m3(float x) {
+  const u32 sign = as_bits(x) >> 24 & 0x80;
+  if (x != x) return 0x7f;
+  const float a = std::fmin(std::fabs(x), 448.f);
+  if (a < 0.015625f) return sign | (u32)std::nearbyint(a * 512.f);  // subnormal: steps of 2^-9
+  int e;
+  std::frexp(a, &e);
+  return sign | (u32)((e + 6) * 8 + (int)std::nearbyint(std::ldexp(a, 4 - e)) - 8);
+}
+inline u32 e4m3x2(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
 inline u32 half_towards(float x, bool up) {
   u32 y = half_bits(x);
   const float v = half_value(y);
