@@ -49,7 +49,7 @@ class ReadOnlyTokens(Sequence[int]):
 
 
 class LivePolicy:
-    """Asks one policy once per new output token, and holds what it forces.
+    """Asks one policy as its output grows, and holds what it forces.
 
     Attributes:
         owner: names of the plugins that may have made the policy, for the fault count.
@@ -68,35 +68,44 @@ class LivePolicy:
         self._vocab_size = vocab_size
         self._asked_at = -1
         self._queue: tuple[int, ...] = ()
+        self._checked = 0
 
     def next_token(self) -> int | None:
-        """The id to force for the token about to be sampled, or None to sample freely.
+        """The id to force for the token about to be sampled, or None to sample freely."""
+        return next(iter(self.next_forced(1)), None)
+
+    def next_forced(self, rows: int) -> tuple[int, ...]:
+        """The ids to force for the tokens about to be sampled, at most `rows`; empty to sample freely.
 
         vLLM may sample the same position again (a partial prefill throws its token away), so the answer depends on
-        the position alone, and the policy is asked once per position.
+        the position alone, and the policy is asked once per position, or once per step where a step samples several.
         """
         if self._policy is None:
-            return None
+            return ()
         position = len(self.output)
         if self._asked_at >= 0:
             offset = position - self._asked_at
-            if self._queue and not self._obeyed(offset):
+            if not self._obeyed(offset):
                 self.switch_off("a forced token was overruled by the engine")
-                return None
+                return ()
             if 0 <= offset < max(1, len(self._queue)):
-                return self._queue[offset] if self._queue else None
+                return self._queue[offset : offset + rows]
         self._ask(position)
-        return self._queue[0] if self._queue else None
+        return self._queue[:rows]
 
-    def steps_to_sleep(self) -> int:
-        """So many tokens may be sampled before this policy must be asked again or forces one."""
+    def steps_to_sleep(self, most: int = 1) -> int:
+        """So many steps may pass, this one not counted, before this policy must be asked again or forces one.
+
+        Args:
+            most: tokens that a step may sample.
+        """
         if self._policy is None:
             return FOR_EVER
         position = len(self.output)
         if self._queue and position < self._asked_at + len(self._queue) + 1:
             return 0
         wake_at = getattr(self._policy, "wake_at", 0)
-        return max(0, wake_at - position) if type(wake_at) is int else 0
+        return max(0, (wake_at - position - 1) // most) if type(wake_at) is int else 0
 
     def switch_off(self, reason: str, error: BaseException | None = None) -> None:
         """End the policy for this request, and count why."""
@@ -104,13 +113,13 @@ class LivePolicy:
         status.fault(self.owner, reason, error)
 
     def _obeyed(self, offset: int) -> bool:
-        if not 0 < offset <= len(self._queue):
-            return True
-        return self.output[self._asked_at + offset - 1] == self._queue[offset - 1]
+        first, self._checked = self._checked, max(self._checked, min(offset, len(self._queue)))
+        at = self._asked_at
+        return tuple(self.output[at + first : at + self._checked]) == self._queue[first : self._checked]
 
     def _ask(self, position: int) -> None:
         assert self._policy is not None
-        self._asked_at, self._queue = position, ()
+        self._asked_at, self._queue, self._checked = position, (), 0
         try:
             answer = self._policy.next_tokens(self._seen)
             queue = () if answer is None else _ids(answer)

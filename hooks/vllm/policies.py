@@ -8,7 +8,7 @@ logged once, and every other row of the batch keeps its bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from jettison.hooks.vllm.compat import (
 )
 from jettison.hooks.vllm.engine import Engine, engine_for, host
 from jettison.hooks.vllm.entry import require_registered
-from jettison.hooks.vllm.live_policy import LivePolicy, Parked, admit
+from jettison.hooks.vllm.live_policy import FOR_EVER, LivePolicy, Parked, admit
 from jettison.hooks.vllm.serving import describe
 
 require_registered()
@@ -57,6 +57,9 @@ class PolicyProcessor(LogitsProcessorV1, LogitsProcessorV2):
         self.states: LogitsProcRequestState | None = None if is_pin_memory is not None else second
         self.staged: dict[int, SamplingParams] = {}
         self.sleeping = 0
+        self.awake_for = np.zeros(self.states.max_num_reqs if self.states is not None else 0, dtype=bool)
+        drafts = vllm_config.speculative_config
+        self.step_tokens = 1 + (drafts.num_speculative_tokens if drafts is not None else 0)
         if engine.active.implementers("serving"):
             engine.active.hook.serving(serving=describe(vllm_config))
 
@@ -97,6 +100,9 @@ class PolicyProcessor(LogitsProcessorV1, LogitsProcessorV2):
                 self.live[target] = moved
             if displaced is not None and direction is MoveDirectionality.SWAP:
                 self.live[source] = displaced
+            else:
+                # NOTES: a freed row that another moves into is not announced as removed.
+                self.parked.put(displaced)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Runner V2: a request enters slot `req_idx`; its prompt can be read only after `apply_staged_writes`."""
@@ -129,20 +135,25 @@ class PolicyProcessor(LogitsProcessorV1, LogitsProcessorV2):
         """
         if not self.live:
             return logits
-        if self.sleeping > 0:
-            # NOTES: a step samples one token per request at most, so nobody can be due before that many steps.
+        if self._may_sleep(ctx):
             self.sleeping -= 1
             return logits
         if ctx is None:
-            live = self.live
+            live, rows_of = self.live, _one_each
         else:
-            live = _rows_of(self.live, ctx.idx_mapping_np)
+            live = _present(self.live, ctx.idx_mapping_np)
+            rows_of = _rows_of(ctx, logits.shape[0])
             self._catch_up(live)
-        rows, tokens = _forced(live, logits.shape[0])
-        # NOTES: in runner V2 a request that sits this step out may be one token further than is known.
-        unseen = 1 if ctx is None else 2
-        self.sleeping = min(policy.steps_to_sleep() for policy in self.live.values()) - unseen
+        rows, tokens = _forced(live, rows_of, logits.shape[0])
+        self.sleeping = min((policy.steps_to_sleep(self.step_tokens) for policy in live.values()), default=FOR_EVER)
+        self.awake_for[:] = False
+        if ctx is not None:
+            self.awake_for[ctx.idx_mapping_np] = True
         return _force(logits, rows, tokens) if rows else logits
+
+    def _may_sleep(self, ctx: LogitsContext | None) -> bool:
+        """Whether no policy in this step can be due. Runner V1 announces every change of its batch, V2 does not."""
+        return self.sleeping > 0 and (ctx is None or bool(self.awake_for[ctx.idx_mapping_np].all()))
 
     def _admit(self, params: SamplingParams, prompt: Sequence[int], output: list[int]) -> LivePolicy | None:
         extra = params.extra_args or {}
@@ -164,21 +175,42 @@ class PolicyProcessor(LogitsProcessorV1, LogitsProcessorV2):
                 policy.output += self.states.all_token_ids.gpu[policy.slot, known:total].tolist()
 
 
-def _rows_of(live: dict[int, LivePolicy], idx_mapping: np.ndarray[Any, Any]) -> dict[int, LivePolicy]:
-    """The live policies by row of this step; `live` is by slot."""
+def _present(live: dict[int, LivePolicy], idx_mapping: np.ndarray[Any, Any]) -> dict[int, LivePolicy]:
+    """The live policies by place in this step's batch; `live` is by slot."""
     slots = np.fromiter(live, dtype=idx_mapping.dtype, count=len(live))
-    rows = np.flatnonzero(np.isin(idx_mapping, slots))
-    return {int(row): live[int(idx_mapping[row])] for row in rows}
+    places = np.flatnonzero(np.isin(idx_mapping, slots))
+    return {int(place): live[int(idx_mapping[place])] for place in places}
 
 
-def _forced(live: dict[int, LivePolicy], num_rows: int) -> tuple[list[int], list[int]]:
+class _Rows(Protocol):
+    def __call__(self, place: int) -> tuple[int, int]:
+        """The first row of the logits that belongs to a place in the batch, and how many do."""
+
+
+def _one_each(place: int) -> tuple[int, int]:
+    return place, 1
+
+
+def _rows_of(ctx: LogitsContext, num_rows: int) -> _Rows:
+    """Where each request's rows are: one each, or with speculative decoding one more per draft token."""
+    if num_rows == len(ctx.idx_mapping_np):
+        return _one_each
+    firsts = np.flatnonzero(ctx.expanded_local_pos[:num_rows].cpu().numpy() == 0)
+    counts = np.diff(firsts, append=num_rows)
+    return lambda place: (int(firsts[place]), int(counts[place]))
+
+
+def _forced(live: dict[int, LivePolicy], rows_of: _Rows, num_rows: int) -> tuple[list[int], list[int]]:
+    """Rows and what is forced there. A row after a draft token counts only if that token is taken, and where tokens
+    are forced only the forced ones are."""
     rows: list[int] = []
     tokens: list[int] = []
-    for row, policy in live.items():
-        token = policy.next_token() if row < num_rows else None
-        if token is not None:
-            rows.append(row)
-            tokens.append(token)
+    for place, policy in live.items():
+        first, count = rows_of(place)
+        if first + count <= num_rows:
+            forced = policy.next_forced(count)
+            rows += range(first, first + len(forced))
+            tokens += forced
     return rows, tokens
 
 

@@ -123,8 +123,9 @@ KV_RULES: tuple[Rule, ...] = (
 POLICY_RULES: tuple[Rule, ...] = (
     Rule("policy_processor", lambda c: _if(not _has_policy_processor(c), "an active plugin decides per request, but the"
         " engine has no processor for it"), f"add --logits-processors {POLICY_PROCESSOR}"),
-    Rule("policy_speculative", lambda c: _if(c.speculative_config is not None, "speculative decoding is configured"),
-        "remove --speculative-config", "request policies support plain decoding"),
+    Rule("policy_speculative", lambda c: _if(c.speculative_config is not None and not c.use_v2_model_runner,
+        "speculative decoding is configured, and vLLM uses its model runner V1"),
+        "remove --speculative-config", "with speculative decoding, request policies need vLLM's model runner V2"),
 )  # fmt: skip
 """Apply when an active plugin decides per request."""
 

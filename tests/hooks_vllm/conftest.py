@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from jettison.hooks import Host, KVFormat, PluginOptions, hookimpl
+from jettison.hooks import Host, KVFormat, PluginOptions, Request, hookimpl
 
 pytest.importorskip("vllm", reason="the vLLM room needs vLLM")
 
 from jettison.hooks.host import inspect_plugin
 from jettison.hooks.vllm import engine, entry, kv_format
 from jettison.hooks.vllm.refusals import POLICY_PROCESSOR
+from policy_states import Script
 
 entry.register()  # as vLLM does, before it imports anything else of ours
 
@@ -100,3 +101,19 @@ def make_config(folder: Path) -> Callable[..., Any]:
         return EngineArgs(model=str(folder / model), additional_config=extra, **arguments).create_engine_config()
 
     return make
+
+
+@pytest.fixture
+def policies(make_plugin: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """Replace the installed plugins by one whose policies come from the request: {"table": {...}}."""
+    requests: list[Request] = []
+
+    def choose(request: Request) -> Any:
+        requests.append(request)
+        if request.params.get("fail"):
+            raise RuntimeError("at admission")
+        return request.params.get("policy") or (Script(request.params["table"]) if "table" in request.params else None)
+
+    host = Host.of([make_plugin("poltest", lambda options: types.SimpleNamespace(request_policy=hookimpl(choose)))])
+    monkeypatch.setattr(engine, "host", lambda: host)
+    return requests

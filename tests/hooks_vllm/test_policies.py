@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import random
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from jettison.hooks import Host, JettisonError, Request, hookimpl
+from jettison.hooks import JettisonError, Request
 from jettison.hooks.status import status
-from jettison.hooks.vllm import compat, engine
+from jettison.hooks.vllm import compat
 from jettison.hooks.vllm.live_policy import LivePolicy, Parked
 from jettison.hooks.vllm.policies import PolicyProcessor
+from policy_states import VOCAB, Script, forced_rows, params
 
-VOCAB = 128
 NEVER = float("-inf")
-
-
-class Script:
-    """Answers from a table {number of output tokens: answer}, and remembers when it was asked."""
-
-    def __init__(self, table: dict[int, Any]) -> None:
-        self.table, self.asked = table, []
-
-    def next_tokens(self, output_token_ids: Sequence[int]) -> Any:
-        self.asked.append(len(output_token_ids))
-        answer = self.table.get(len(output_token_ids))
-        return answer() if callable(answer) else answer
 
 
 def live(table: dict[int, Any], output: list[int] | None = None) -> tuple[LivePolicy, Script, list[int]]:
@@ -121,45 +109,12 @@ def test_parked_policies_are_bounded() -> None:
     assert kept.output is lists[-1]
 
 
-@pytest.fixture
-def policies(make_plugin: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> list[Request]:
-    """Replace the installed plugins by one whose policies come from the request: {"table": {...}}."""
-    requests: list[Request] = []
-
-    def choose(request: Request) -> Any:
-        requests.append(request)
-        if request.params.get("fail"):
-            raise RuntimeError("at admission")
-        return request.params.get("policy") or (Script(request.params["table"]) if "table" in request.params else None)
-
-    host = Host.of([make_plugin("poltest", lambda options: types.SimpleNamespace(request_policy=hookimpl(choose)))])
-    monkeypatch.setattr(engine, "host", lambda: host)
-    return requests
-
-
-def params(**extra: Any) -> Any:
-    return compat.SamplingParams(extra_args=extra or None)
-
-
 def processor_v1(make_config: Callable[..., Any]) -> PolicyProcessor:
     return PolicyProcessor(make_config({"poltest": {}}), torch.device("cpu"), False)
 
 
 def update(removed: Any = (), added: Any = (), moved: Any = ()) -> Any:
     return compat.BatchUpdate(batch_size=0, removed=list(removed), added=list(added), moved=list(moved))
-
-
-def forced_rows(processor: PolicyProcessor, rows: int, *context: Any) -> dict[int, int]:
-    logits = torch.randn(rows, VOCAB)
-    before = logits.clone()
-    after = processor.apply(logits, *context)
-    forced = {}
-    for row in range(rows):
-        if torch.equal(after[row], before[row]):
-            continue
-        (token,) = torch.isfinite(after[row]).nonzero().flatten().tolist()
-        forced[row] = token
-    return forced
 
 
 def test_nothing_live_returns_the_very_same_tensor(make_config: Callable[..., Any], policies: list[Request]) -> None:
@@ -207,6 +162,22 @@ def test_a_token_that_a_grammar_excluded_is_not_forced(
     assert after[1].isfinite().nonzero().flatten().tolist() == [9]
 
 
+def test_a_preempted_request_keeps_its_policy_when_another_takes_its_row(
+    make_config: Callable[..., Any], policies: list[Request]
+) -> None:
+    """vLLM fills the freed row by a move and then does not announce it as removed."""
+    directions = compat.MoveDirectionality
+    processor = processor_v1(make_config)
+    outputs: list[list[int]] = [[], []]
+    processor.update_state(update(added=[(row, params(table={0: [9]}), [1], outputs[row]) for row in range(2)]))
+    first = processor.live[0]
+    processor.update_state(update(moved=[(1, 0, directions.UNIDIRECTIONAL)]))
+    assert list(processor.live) == [0]
+    processor.update_state(update(added=[(1, params(table={0: [9]}), [1], outputs[0])]))
+    assert processor.live[1] is first
+    assert len(policies) == 2, "it was admitted again"
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_follow_their_requests_through_every_batch_change(
     seed: int, make_config: Callable[..., Any], policies: list[Request]
@@ -252,81 +223,6 @@ def test_rows_follow_their_requests_through_every_batch_change(
             if rng.random() < 0.8:
                 outputs[k].append(found.get(row, 99))
     assert sum(1 for r in policies if "table" in r.params) <= 24, "a request that came back was asked about again"
-
-
-class FakeStates:
-    """The buffers of runner V2 that a processor may read, on the CPU."""
-
-    def __init__(self, slots: int) -> None:
-        self.tokens = torch.zeros(slots, 64, dtype=torch.int32)
-        self.total = torch.zeros(slots, dtype=torch.int32)
-        self.prompts = torch.zeros(slots, dtype=torch.int32)
-
-    def view(self) -> Any:
-        return compat.LogitsProcRequestState(
-            device=torch.device("cpu"), max_num_reqs=len(self.total), vocab_size=VOCAB,
-            all_token_ids=types.SimpleNamespace(gpu=self.tokens),
-            prompt_len=types.SimpleNamespace(np=self.prompts.numpy(), gpu=self.prompts),
-            prefill_len=types.SimpleNamespace(np=self.prompts.numpy(), gpu=self.prompts),
-            total_len=types.SimpleNamespace(gpu=self.total),
-        )  # fmt: skip
-
-    def add(self, slot: int, prompt: Sequence[int], output: Sequence[int] = ()) -> None:
-        everything = [*prompt, *output]
-        self.prompts[slot], self.total[slot] = len(prompt), len(everything)
-        self.tokens[slot, : len(everything)] = torch.tensor(everything, dtype=torch.int32)
-
-    def sample(self, slot: int, token: int) -> None:
-        self.tokens[slot, self.total[slot]] = token
-        self.total[slot] += 1
-
-
-def context(slots: Sequence[int]) -> Any:
-    import numpy as np
-
-    nothing = torch.zeros(0)
-    return compat.LogitsContext(
-        expanded_idx_mapping=torch.tensor(slots), idx_mapping=torch.tensor(slots),
-        idx_mapping_np=np.array(slots, dtype=np.int32), expanded_local_pos=nothing, input_ids=nothing, pos=nothing,
-        seq_lens_upper_bound_np=np.zeros(len(slots)),
-    )  # fmt: skip
-
-
-def test_runner_v2(make_config: Callable[..., Any], policies: list[Request]) -> None:
-    states = FakeStates(8)
-    processor = PolicyProcessor(make_config({"poltest": {}}), states.view())
-    for slot, (prompt, extra) in {
-        5: ([4, 5], {"table": {1: [7, 8]}}),
-        2: ([6], {}),
-        3: ([1, 2, 3], {"table": {0: [9]}}),
-    }.items():
-        states.add(slot, prompt)
-        assert processor.add_request(slot, params(**extra))
-    processor.apply_staged_writes()
-    assert [tuple(request.prompt_token_ids) for request in policies] == [(4, 5), (6,), (1, 2, 3)]
-    steps = []
-    for order in ([5, 2, 3], [3, 5, 2], [2, 5], [2, 3, 5]):
-        found = forced_rows(processor, len(order), context(order))
-        steps.append({order[row]: token for row, token in found.items()})
-        for row, slot in enumerate(order):
-            states.sample(slot, found.get(row, 50))
-    assert steps == [{3: 9}, {5: 7}, {5: 8}, {}]
-
-
-def test_runner_v2_recycles_slots_and_reads_resumed_outputs(
-    make_config: Callable[..., Any], policies: list[Request]
-) -> None:
-    states = FakeStates(2)
-    processor = PolicyProcessor(make_config({"poltest": {}}), states.view())
-    states.add(0, [1, 2], output=[30, 31, 32])
-    processor.add_request(0, params(table={3: [7]}))
-    processor.apply_staged_writes()
-    assert forced_rows(processor, 1, context([0])) == {0: 7}
-    states.add(0, [5])
-    processor.add_request(0, params())
-    processor.apply_staged_writes()
-    assert processor.live == {}
-    assert forced_rows(processor, 1, context([0])) == {}
 
 
 def test_the_processor_without_options_is_refused(make_config: Callable[..., Any]) -> None:
